@@ -1,0 +1,3 @@
+from longcat_lab.cli import main
+
+main()

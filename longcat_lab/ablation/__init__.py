@@ -1,0 +1,73 @@
+"""A question file becomes jobs, jobs become results with error bars, results become a page.
+
+Names load on first use, so importing this package stays light: nothing of papermill, nbconvert, scipy, pandas or torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longcat_lab.ablation.executor import Executor, Handle, LocalExecutor
+    from longcat_lab.ablation.jobs import Job, plan
+    from longcat_lab.ablation.match import Solution, solve
+    from longcat_lab.ablation.report import render
+    from longcat_lab.ablation.rooms import Rooms
+    from longcat_lab.ablation.runner import JobsFailed, LabInterrupted, run
+    from longcat_lab.ablation.spec import Ablation, Claim, Match, Vanishes, read
+    from longcat_lab.ablation.statistics import Contrast, Summary, Verdict, contrast, judge, noise, summary
+    from longcat_lab.ablation.store import Sweep, load_results, read_sweep
+
+_HOME = {
+    "spec": ("Ablation", "Claim", "Match", "Vanishes", "read"),
+    "match": ("Solution", "solve"),
+    "jobs": ("Job", "plan"),
+    "rooms": ("Rooms",),
+    "store": ("Sweep", "load_results", "read_sweep"),
+    "executor": ("Executor", "Handle", "LocalExecutor"),
+    "runner": ("JobsFailed", "LabInterrupted", "run"),
+    "statistics": ("Contrast", "Summary", "Verdict", "contrast", "judge", "noise", "summary"),
+    "report": ("render",),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Ablation",
+    "Claim",
+    "Contrast",
+    "Executor",
+    "Handle",
+    "Job",
+    "JobsFailed",
+    "LabInterrupted",
+    "LocalExecutor",
+    "Match",
+    "Rooms",
+    "Solution",
+    "Summary",
+    "Sweep",
+    "Vanishes",
+    "Verdict",
+    "contrast",
+    "judge",
+    "load_results",
+    "noise",
+    "plan",
+    "read",
+    "read_sweep",
+    "render",
+    "run",
+    "solve",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE})

@@ -1,0 +1,93 @@
+"""One question becomes jobs: every variant with every seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longcat_lab.ablation import store
+from longcat_lab.ablation.match import Solution
+from longcat_lab.ablation.rooms import Rooms
+from longcat_lab.ablation.spec import Ablation
+from longcat_lab.errors import LabError
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run of one variant with one seed.
+
+    Attributes:
+        sweep: the ablation's name.
+        config: the resolved configuration, seed included.
+        identity: hash of configuration, data and code; a finished job with this identity is not run again.
+        folder: where everything of this job lives.
+        notebook: the notebook that runs it.
+    """
+
+    sweep: str
+    variant: str
+    seed: int
+    config: Any
+    identity: str
+    totals: dict[str, float]
+    folder: Path
+    notebook: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}/seed-{self.seed}"
+
+    def record(self) -> dict[str, Any]:
+        """The content of run.json before the job has started."""
+        return {
+            "status": "planned",
+            "reason": None,
+            "identity": self.identity,
+            "config": self.config.to_dict(),
+            "provenance": {},
+            "timings": {},
+            "budget": self.totals,
+            "final": {},
+            "variant": self.variant,
+            "seed": self.seed,
+            "sweep": self.sweep,
+            "job": {"notebook": str(self.notebook)},
+        }
+
+
+Cells = dict[tuple[str, int], Any]
+
+
+def cells(ablation: Ablation, solution: Solution, rooms: Rooms | None = None) -> Cells:
+    """(variant, seed) -> configuration, seed by seed, so that whole pairs are there early and half a sweep can already be read."""
+    rooms = rooms or Rooms()
+    return {(name, seed): rooms.apply(config, {"seed": seed}) for seed in ablation.seeds for name, config in solution.configs.items()}
+
+
+def plan(ablation: Ablation, solution: Solution, folder: Path, notebook: Path, rooms: Rooms | None = None) -> list[Job]:
+    """Every job of the sweep. Their identities need the prepared data, which is made here if it is not there yet."""
+    rooms = rooms or Rooms()
+    jobs = []
+    for (variant, seed), config in cells(ablation, solution, rooms).items():
+        home, identity = store.job_folder(folder, variant, seed), rooms.identity(config)
+        jobs.append(Job(ablation.name, variant, seed, config, identity, solution.totals[variant], home, notebook))
+    return jobs
+
+
+def find_notebook(ablation: Ablation, question: str | Path | None = None) -> Path:
+    """The notebook that runs one job: as given, or beside the question file, or in the repository.
+
+    Raises:
+        LabError: it is in none of these places.
+    """
+    repository = Path(__file__).resolve().parents[2]
+    if ablation.notebook is None:
+        places = [repository / "notebooks" / "run.ipynb"]
+    else:
+        beside = [Path(question).resolve().parent] if question is not None else []
+        places = [(root / ablation.notebook).resolve() for root in [Path.cwd(), *beside, repository]]
+    for place in places:
+        if place.is_file():
+            return place
+    raise LabError(f"The notebook of '{ablation.name}' is not there: looked for {', '.join(map(str, dict.fromkeys(places)))}.")

@@ -1,0 +1,177 @@
+"""Variants made equal in parameters or FLOPs, before anything runs: rules are met one after the other until all hold (Gauss-Seidel),
+each by moving one whole-number setting of one variant (bisection on a total that rises or falls with it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from longcat_lab.ablation.rooms import Rooms
+from longcat_lab.ablation.spec import Ablation, Match
+from longcat_lab.errors import LabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SWEEPS = 30  # rules that help each other settle in two or three rounds
+WINDOW = 64  # how far to look for the next value that the configuration allows (multiples of 8, of the head count, ...)
+LARGEST = 2**31
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Matched configurations.
+
+    Attributes:
+        configs: variant -> configuration with the solved settings.
+        moved: variant -> {dotted setting: solved value}, only settings that were free.
+        totals: variant -> {quantity: total}.
+    """
+
+    configs: dict[str, Any]
+    moved: dict[str, dict[str, int]]
+    totals: dict[str, dict[str, float]]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per variant: its totals, and what was moved to get there."""
+        import pandas as pd
+
+        rows = {name: {**totals, "moved": _said(self.moved[name])} for name, totals in self.totals.items()}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
+
+
+def _said(moved: dict[str, int]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in moved.items())
+
+
+def solve(ablation: Ablation, rooms: Rooms | None = None) -> Solution:
+    """The configuration of every variant, with every match rule met. Pure arithmetic: nothing is built or written.
+
+    Raises:
+        LabError: an override does not fit a variant, or a rule cannot be met (the sentence gives the nearest total reached).
+    """
+    rooms = rooms or Rooms()
+    base = rooms.load(ablation.base)
+    moved: dict[str, dict[str, int]] = {name: {} for name in ablation.variants}
+
+    def configure(name: str, more: dict[str, int]) -> Any:
+        # One application of everything: settings that only fit together must not be checked one by one.
+        return rooms.apply(base, {**ablation.set, **ablation.variants[name], **moved[name], **more})
+
+    configs = {}
+    for name in ablation.variants:
+        try:
+            configs[name] = configure(name, {})
+        except LabError as error:
+            raise LabError(f"Variant '{name}': {error}") from None
+
+    seen: set[str] = set()
+    for _ in range(SWEEPS if ablation.match else 0):
+        for number, rule in enumerate(ablation.match, 1):
+            target = rooms.totals(configs[rule.reference])[rule.quantity]
+            for name, key in rule.free.items():
+                start = _whole_number(configs[name], key, name, number)
+
+                def total(value: int, name: str = name, key: str = key, quantity: str = rule.quantity) -> float | None:
+                    try:
+                        return rooms.totals(configure(name, {key: value}))[quantity]
+                    except LabError:
+                        return None  # this value does not fit the other settings
+
+                value = nearest_value(total, start, target)
+                if value is None:
+                    raise LabError(f"Match {number}: {key} does not change {rule.quantity} of '{name}'; free another setting.")
+                moved[name][key] = value
+                configs[name] = configure(name, {})
+        state = repr(moved)
+        if state in seen:  # settled, or going round in circles: either way nothing new comes
+            break
+        seen.add(state)
+
+    totals = {name: dict(rooms.totals(config)) for name, config in configs.items()}
+    for number, rule in enumerate(ablation.match, 1):
+        _hold(number, rule, ablation, totals, moved)
+    return Solution(configs, moved, totals)
+
+
+def _hold(number: int, rule: Match, ablation: Ablation, totals: dict[str, dict[str, float]], moved: dict[str, dict[str, int]]) -> None:
+    target = totals[rule.reference][rule.quantity]
+    for name in rule.variants if rule.variants is not None else [v for v in ablation.variants if v != rule.reference]:
+        reached = totals[name][rule.quantity]
+        off = abs(reached - target) / target if target else abs(reached)
+        if off > rule.tolerance:
+            if name in rule.free:
+                at, fix = f"the nearest is {reached:,.0f} at {_said(moved[name])}", "free another setting"
+            else:
+                at, fix = f"it has {reached:,.0f} and nothing of it is free", "free a setting"
+            raise LabError(
+                f"Match {number} cannot be met: {rule.quantity} of '{name}' should be within {100 * rule.tolerance:g} % of {target:,.0f} "
+                f"('{rule.reference}'), but {at} ({100 * off:.3g} % off); {fix} or widen 'tolerance'."
+            )
+
+
+def _whole_number(config: Any, key: str, name: str, number: int) -> int:
+    value: Any = config.to_dict()
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if type(value) is not int:
+        raise LabError(f"Match {number} frees {key} of '{name}', which is {value!r} there; it must be a setting that holds a whole number.")
+    return value
+
+
+def nearest_value(total: Callable[[int], float | None], start: int, target: float) -> int | None:
+    """The whole number >= 0 at which `total` is nearest to `target`, or None if it does not depend on it.
+
+    Args:
+        total: rises or falls with its argument; None where the argument is not allowed. `start` must be allowed.
+    """
+    known: dict[int, float | None] = {}
+
+    def at(x: int) -> float | None:
+        if not 0 <= x <= LARGEST:
+            return None
+        if x not in known:
+            known[x] = total(x)
+        return known[x]
+
+    def beyond(x: int, way: int) -> int | None:
+        """The first allowed value from x on, going `way`."""
+        return next((y for y in range(x, x + way * WINDOW, way) if at(y) is not None), None)
+
+    here = at(start)
+    assert here is not None
+    neighbours = [n for n in (beyond(start + 1, 1), beyond(start - 1, -1)) if n is not None and at(n) != here]
+    if here == target:
+        return start
+    if not neighbours:
+        return None
+    rising = (at(neighbours[0]) > here) == (neighbours[0] > start)  # type: ignore[operator]
+    way = 1 if (here < target) == rising else -1
+
+    def short(x: int) -> bool:
+        return (at(x) < target) == (here < target) and at(x) != target  # type: ignore[operator]
+
+    # Walk away from the start in growing steps until the target is passed, or until no further value is allowed.
+    near, far, step, limit = start, None, 1, False
+    while step:
+        x = beyond(near + way * step, way)
+        if x is None or x == near:
+            limit, step = True, step // 2
+        elif short(x):
+            near, step = x, (step // 2 if limit else step * 2)
+        else:
+            far = x
+            break
+    if far is None:
+        return near
+    # Then halve the stretch between a value that falls short and one that does not.
+    while True:
+        low, high = sorted((near, far))
+        middle = (low + high) // 2
+        inside = [y for d in range(WINDOW) for y in (middle + d, middle - d) if low < y < high and at(y) is not None][:1]
+        if not inside:
+            break
+        near, far = (inside[0], far) if short(inside[0]) else (near, inside[0])
+    return min((near, far), key=lambda x: (abs(at(x) - target), x))  # type: ignore[operator]

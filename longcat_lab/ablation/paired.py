@@ -1,0 +1,73 @@
+"""The arithmetic of paired comparisons: Student's t on differences, its power (noncentral t), and Holm's correction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import optimize, stats
+
+FEWEST = 3  # pairs, for a claim
+POWER = 0.8
+NAN = math.nan
+
+
+def paired_t(differences: np.ndarray, level: float = 0.95) -> tuple[float, float, float, float, float]:
+    """(mean, sd, low, high, two-sided p) of paired differences; NaN where n is too small, p NaN where there is no spread."""
+    n = len(differences)
+    if n == 0:
+        return NAN, NAN, NAN, NAN, NAN
+    mean = float(np.mean(differences))
+    if n == 1:
+        return mean, NAN, NAN, NAN, NAN
+    sd = float(np.std(differences, ddof=1))
+    if sd <= 1e-12 * float(np.max(np.abs(differences))):  # equal but for rounding; all zero included
+        return mean, 0.0, mean, mean, NAN
+    error = sd / math.sqrt(n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    return mean, sd, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1))
+
+
+def power(effect: float, n: int, sd: float, alpha: float = 0.05) -> float:
+    """Probability that a two-sided paired t test at `alpha` finds a true `effect` (same unit as `sd`)."""
+    critical, shift = stats.t.ppf(1 - alpha / 2, n - 1), effect / sd * math.sqrt(n)
+    return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
+
+
+def resolvable(n: int, sd: float, alpha: float = 0.05, wanted: float = POWER) -> float:
+    """Smallest true effect that `n` pairs with this sd find with probability `wanted`; NaN below two pairs, 0 without spread."""
+    if n < 2 or math.isnan(sd):
+        return NAN
+    if sd == 0:
+        return 0.0
+    top = 2.0
+    while power(top, n, 1.0, alpha) < wanted:
+        top *= 2
+    return sd * float(optimize.brentq(lambda effect: power(effect, n, 1.0, alpha) - wanted, 1e-9, top))
+
+
+def seeds_needed(effect: float, sd: float, alpha: float = 0.05, wanted: float = POWER, most: int = 10_000) -> int | None:
+    """Fewest pairs (3 at least) that find `effect` with probability `wanted`; None if more than `most`, or if sd is unknown."""
+    if math.isnan(sd):
+        return None
+    low, high = FEWEST, FEWEST
+    while resolvable(high, sd, alpha, wanted) > effect:
+        low, high = high, high * 2
+        if high > most:
+            return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if resolvable(middle, sd, alpha, wanted) <= effect else (middle + 1, high)
+    return low
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values. A NaN counts as a comparison that was made, and stays NaN."""
+    order = sorted(range(len(values)), key=lambda i: 2.0 if math.isnan(values[i]) else values[i])
+    adjusted, largest = [NAN] * len(values), 0.0
+    for rank, i in enumerate(order):
+        if not math.isnan(values[i]):
+            largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+            adjusted[i] = largest
+    return adjusted

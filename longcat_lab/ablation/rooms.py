@@ -1,0 +1,63 @@
+"""What this room needs of the other rooms, gathered in one place so that each is imported late and can be stood in for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def _load(base: str) -> Any:
+    from longcat_lab.config import load
+
+    return load(base)
+
+
+def _apply(config: Any, values: dict[str, Any]) -> Any:
+    from longcat_lab.config import apply
+
+    return apply(config, values)
+
+
+def _totals(config: Any) -> dict[str, float]:
+    from longcat_lab.budget import totals
+
+    return totals(config)
+
+
+def _identity(config: Any) -> str:
+    from longcat_lab.training import identity
+
+    return identity(config)
+
+
+def _data_key(config: Any) -> str:
+    return json.dumps([config.data.to_dict(), config.model.vocab_size], sort_keys=True)
+
+
+def _prepare(config: Any, progress: Callable[..., None]) -> None:
+    from longcat_lab.data import prepare
+
+    prepare(config.data, config.model.vocab_size, progress=progress)
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """The functions of other rooms that a sweep calls. The defaults are the real ones.
+
+    Attributes:
+        load: preset name or YAML path -> configuration.
+        apply: configuration, {dotted key: value} -> changed configuration; raises `LabError` for a key or type that is wrong.
+        totals: configuration -> {quantity: number}, without building a model.
+        identity: configuration -> hash of resolved configuration, data and code.
+        data_key: configurations with equal keys share one prepared corpus.
+        prepare: makes that corpus, calling `progress` now and then.
+    """
+
+    load: Callable[[str], Any] = _load
+    apply: Callable[[Any, dict[str, Any]], Any] = _apply
+    totals: Callable[[Any], dict[str, float]] = _totals
+    identity: Callable[[Any], str] = _identity
+    data_key: Callable[[Any], str] = _data_key
+    prepare: Callable[[Any, Callable[..., None]], None] = _prepare

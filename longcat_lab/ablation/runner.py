@@ -1,0 +1,292 @@
+"""Runs a sweep, or goes on with one: plan, prepare data, jobs side by side, results after each; nothing is lost when anything dies."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longcat_lab.ablation import executor as executors
+from longcat_lab.ablation import jobs as job_plan
+from longcat_lab.ablation import match, spec, store
+from longcat_lab.ablation.jobs import Job
+from longcat_lab.ablation.rooms import Rooms
+from longcat_lab.ablation.table import Cell, Display
+from longcat_lab.errors import LabError
+from longcat_lab.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOOK = 0.1  # seconds between looks at the jobs
+PATIENCE = 12.0  # seconds that stopped jobs have to save what they can
+
+
+class LabInterrupted(LabError):
+    """The sweep was stopped and is in order; the sentence says how to go on. `folder` is the sweep's."""
+
+    def __init__(self, sentence: str, folder: Path) -> None:
+        super().__init__(sentence)
+        self.folder = folder
+
+
+class JobsFailed(LabError):
+    """The sweep ran to its end and some jobs failed; the sentence says which and why. `folder` is the sweep's."""
+
+    def __init__(self, sentence: str, folder: Path) -> None:
+        super().__init__(sentence)
+        self.folder = folder
+
+
+def run(
+    ablation_path: str | Path,
+    out: str | Path | None = None,
+    jobs: int | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    executor: str | executors.Executor = "local",
+    rooms: Rooms | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Run every job of an ablation that is not finished yet, and return the sweep's folder.
+
+    Args:
+        ablation_path: the question file.
+        out: the sweep's folder; runs/NAME when left out.
+        jobs: how many at a time; at most 4, at most one per core, when left out.
+        overrides: `key=value` for every variant, or `ablation.key=value` for the question.
+
+    Raises:
+        LabError: the question cannot be run as it is (nothing was written), or another process runs it.
+        JobsFailed: all ran, some failed.
+        LabInterrupted: stopped by Ctrl-C or SIGTERM; jobs are ended, results written.
+    """
+    overrides, rooms = list(overrides), rooms or Rooms()
+    if jobs is not None and jobs < 1:
+        raise LabError(f"--jobs must be at least 1, got {jobs}.")
+    ablation = spec.read(ablation_path, overrides)
+    notebook = job_plan.find_notebook(ablation, ablation_path)
+    solution = match.solve(ablation, rooms)
+    executors.check(executor)
+    folder = Path(out) if out is not None else Path("runs") / ablation.name
+    store.check_folder(folder, ablation.name)
+    again = shlex.join(["longcat-lab", "run", str(ablation_path), *(["--out", str(out)] if out is not None else []), *overrides])
+
+    try:
+        lock = store.Lock.take(folder)
+    except OSError as error:
+        raise LabError(f"Cannot write to {folder}: {error.strerror}; choose another folder with --out.") from None
+    if lock is None:
+        raise LabError(f"Another process ({store.said_holder(folder)}) is running the sweep in {folder}; wait for it or stop it.")
+    try:
+        store.check_folder(folder, ablation.name)  # somebody may have been quicker
+        store.write_question(folder, ablation, solution)
+        return _Driver(folder, ablation, solution, notebook, jobs, executor, rooms, console, again).drive()
+    finally:
+        lock.release()
+
+
+class _Driver:
+    def __init__(
+        self,
+        folder: Path,
+        ablation: spec.Ablation,
+        solution: match.Solution,
+        notebook: Path,
+        jobs: int | None,
+        executor: str | executors.Executor,
+        rooms: Rooms,
+        console: Console | None,
+        again: str,
+    ) -> None:
+        self.folder, self.ablation, self.solution, self.notebook = folder, ablation, solution, notebook
+        self.slots, self.executor_wanted, self.rooms, self.again = jobs or min(4, executors.cores()), executor, rooms, again
+        self.configs = job_plan.cells(ablation, solution, rooms)
+        self.cells = {cell: Cell(f"{cell[0]}/seed-{cell[1]}") for cell in self.configs}
+        self.display = Display(list(self.cells.values()), self.slots, console)
+        self.rows: dict[Job, dict[str, Any]] = {}
+        self.todo: deque[Job] = deque()
+        self.running: dict[Job, executors.Handle] = {}
+        self.stops = 0
+
+    def drive(self) -> Path:
+        try:
+            with self.display:
+                self._prepare()
+                self._plan()
+                with self._signals():
+                    self._loop()
+        except KeyboardInterrupt:
+            self.stops += 1
+        if self.rows:
+            self._write()
+        statuses = [row["status"] for row in self.rows.values()] or ["planned"] * len(self.cells)
+        count = {status: statuses.count(status) for status in ("finished", "failed", "interrupted", "planned")}
+        of = f"{count['finished']} of {len(self.cells)} jobs finished"
+        if self.stops:
+            rest = ", ".join(f"{count[s]} {s}" for s in ("failed", "interrupted", "planned") if count[s])
+            raise LabInterrupted(f"Stopped with {of}{' (' + rest + ')' if rest else ''}; go on with: {self.again}", self.folder)
+        self._conclude()
+        if failed := [(job.name, row["reason"] or row["status"]) for job, row in self.rows.items() if row["status"] != "finished"]:
+            why = "; ".join(f"{name}: {reason}" for name, reason in failed[:5])
+            more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+            raise JobsFailed(
+                f"{of} and {len(failed)} did not ({why}{more}); see job.log and notebook.ipynb in {self.folder / 'jobs'}, "
+                f"and run them once more with: {self.again}",
+                self.folder,
+            )
+        return self.folder
+
+    # ---- before the jobs
+
+    def _prepare(self) -> None:
+        """Every corpus that a job will need, once, so that jobs only map it into memory."""
+        needed = {self.rooms.data_key(config): config for config in self.configs.values()}
+        for number, config in enumerate(needed.values(), 1):
+            what = f"data {number} of {len(needed)}" if len(needed) > 1 else "data"
+            self.display.prepare(f"{what}: preparing")
+
+            def progress(*said: Any, what: str = what) -> None:
+                self.display.prepare(f"{what}: {' / '.join(short_count(s) for s in said)}")
+
+            self.rooms.prepare(config, progress)
+        self.display.prepare(f"{len(needed)} corpora are ready." if len(needed) > 1 else "The data is ready.")
+
+    def _plan(self) -> None:
+        """What is there already, and what is to run."""
+        for job in job_plan.plan(self.ablation, self.solution, self.folder, self.notebook, self.rooms):
+            run = store.read_run(job.folder)
+            if run is None:
+                write_json(job.folder / "run.json", job.record())
+            self.rows[job] = store.result_row(run, job.variant, job.seed, job.identity)
+            if self.rows[job]["status"] != "finished":
+                self.todo.append(job)
+            self._show(job)
+        self.slots = self.display.slots = max(1, min(self.slots, len(self.todo)))
+        self.executor = executors.make(self.executor_wanted, self.slots)
+        self._write()
+        total = len(self.rows)
+        if skipped := total - len(self.todo):
+            self.display.say(f"{skipped} of {total} jobs have finished before and are not run again.")
+        if changed := sum(row["status"] == "planned" and bool(row["reason"]) for row in self.rows.values()):
+            self.display.say(f"{changed} of {total} jobs run anew: their configuration, data or code changed since they last ran.")
+
+    # ---- the jobs
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM only count, so that they never fall into the middle of writing."""
+
+        def count(number: int, frame: Any) -> None:
+            self.stops += 1
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _loop(self) -> None:
+        try:
+            while (self.todo or self.running) and not self.stops:
+                while self.todo and len(self.running) < self.slots:
+                    self._start(self.todo.popleft())
+                self._look()
+                time.sleep(LOOK)
+        finally:
+            self._stop_all()
+
+    def _start(self, job: Job) -> None:
+        run = store.read_run(job.folder)
+        if run is not None and run.get("identity") != job.identity:
+            write_json(job.folder / "planned.json", job.record())  # the job itself clears the folder, once it holds its lock
+        else:
+            (job.folder / "planned.json").unlink(missing_ok=True)
+        try:
+            self.running[job] = self.executor.submit(job)
+        except OSError as error:
+            self.rows[job] |= {"status": "failed", "reason": f"could not be started: {error.strerror}"}
+        else:
+            self.rows[job] |= {"status": "running", "reason": "", "seconds": None}
+            self.cells[job.variant, job.seed].began = time.monotonic()
+        self._show(job)
+
+    def _look(self) -> None:
+        ended = False
+        for job, handle in list(self.running.items()):
+            code = handle.poll()
+            if code is None:
+                if int(time.monotonic() / LOOK) % 5 == 0:
+                    self.cells[job.variant, job.seed].progress(read_json(job.folder / "progress.json"))
+                continue
+            del self.running[job]
+            self._settle(job, handle, code)
+            ended = True
+        if ended:
+            self._write()
+        self.display.update()
+
+    def _settle(self, job: Job, handle: executors.Handle, code: int) -> None:
+        """Take over how a job ended; what it could not say itself is said here."""
+        run = store.read_run(job.folder)
+        if code == executors.BUSY:
+            self.rows[job] |= {"status": "failed", "reason": f"another process ({store.said_holder(job.folder)}) still uses its folder"}
+        elif run is not None and run.get("status") in store.DONE and not (job.folder / "planned.json").exists():
+            # If code was edited meanwhile, the run has another identity than was planned; the row says which.
+            self.rows[job] = store.result_row(run, job.variant, job.seed, run.get("identity", job.identity))
+        else:
+            handle.stop(force=True)
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+            said = {"status": "interrupted" if self.stops else "failed", "reason": f"its process {how}; see job.log"}
+            self.rows[job] |= said
+            if run is not None and run.get("identity") == job.identity:  # else the folder still holds what ran before, untouched
+                write_json(job.folder / "run.json", {**run, **said})
+        self._show(job)
+
+    def _stop_all(self) -> None:
+        """End what still runs: by request, then by force after some seconds or a second Ctrl-C."""
+        if not self.running:
+            return
+        asked = self.stops
+        for handle in self.running.values():
+            handle.stop()
+        deadline = time.monotonic() + PATIENCE
+        while self.running and time.monotonic() < deadline and self.stops <= max(1, asked):
+            self._look()
+            time.sleep(LOOK)
+        for handle in self.running.values():
+            handle.stop(force=True)
+        while self.running:
+            self._look()
+            time.sleep(LOOK)
+
+    # ---- what is said and written
+
+    def _write(self) -> None:
+        store.write_results(self.folder, self.rows.values())
+
+    def _show(self, job: Job) -> None:
+        row, cell = self.rows[job], self.cells[job.variant, job.seed]
+        cell.status, cell.reason, cell.seconds = row["status"], row["reason"], row["seconds"]
+        if job in self.todo:
+            cell.status = "planned"  # it will be run (again), whatever happened to it before
+
+    def _conclude(self) -> None:
+        from longcat_lab.ablation import statistics
+
+        for line in statistics.summary(store.load_results(self.folder), self.ablation).lines:
+            self.display.say(line)
+
+
+def short_count(said: Any) -> str:
+    return f"{said:,}" if isinstance(said, int) else str(said)

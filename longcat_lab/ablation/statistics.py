@@ -1,0 +1,252 @@
+"""What paired runs allow to be said, and the sentence that says it: the page, the terminal and the table all take it from here.
+
+Differences are `better` minus `than`, paired by seed; metrics are better when lower, so a negative difference is an improvement.
+Intervals are Student's t on the paired differences; power uses the noncentral t; several claims share one error rate (Holm).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from longcat_lab.ablation.paired import FEWEST, NAN, holm, paired_t, resolvable, seeds_needed
+from longcat_lab.ablation.spec import Ablation
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One paired comparison, in the units of its metric.
+
+    Attributes:
+        seeds: the seeds whose pair is complete; `n` of them.
+        mean, sd: of the paired differences.
+        low, high: interval of the mean at `level`.
+        p: two-sided; NaN where no test is possible.
+        resolvable: smallest true effect that this n and sd would find with 80 % power.
+        dropped: one phrase per seed without a complete pair.
+    """
+
+    better: str
+    than: str
+    metric: str
+    seeds: tuple[int, ...]
+    mean: float
+    sd: float
+    low: float
+    high: float
+    p: float
+    resolvable: float
+    level: float
+    dropped: tuple[str, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def constant(self) -> bool:
+        """All pairs differ by the same amount: the seeds varied nothing, so there is no noise to compare with."""
+        return self.n > 1 and self.sd == 0
+
+    @property
+    def interval(self) -> str:
+        """`-0.0274 to -0.0150 (95 % interval, n = 3)`."""
+        return f"{signed(self.low)} to {signed(self.high)} ({100 * self.level:g} % interval, n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim judged.
+
+    Attributes:
+        verdict: "seen", "not seen" or "not resolvable".
+        adjusted_p: after Holm over `comparisons` claims.
+        seeds_needed: pairs that would likely resolve the smallest effect that matters, at the spread that was seen; None if unknown.
+        sentence: all of it in plain English.
+    """
+
+    contrast: Contrast
+    adjusted_p: float
+    comparisons: int
+    verdict: str
+    seeds_needed: int | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that is said about a sweep: the verdicts, and sentences without a verdict."""
+
+    verdicts: list[Verdict]
+    secondary: list[str]
+    vanishing: list[str]
+    notes: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        """All sentences, the verdicts first."""
+        return [f"{v.verdict.upper()}: {v.sentence}" for v in self.verdicts] + self.secondary + self.vanishing + self.notes
+
+
+def signed(value: float) -> str:
+    """Three significant digits with a sign."""
+    return "0" if value == 0 else f"{value:+.3g}"
+
+
+# ---- one comparison
+
+
+def contrast(results: pd.DataFrame, better: str, than: str, metric: str, level: float = 0.95) -> Contrast:
+    """The paired difference of two variants in one metric. Pairs that are not complete are dropped, and said.
+
+    Args:
+        results: one row per job with `variant`, `seed`, `status`, `reason` and the metric (see `store.load_results`).
+    """
+    arms = [_arm(results, name, metric) for name in (better, than)]
+    differences, dropped = {}, []
+    for seed in sorted({*arms[0], *arms[1]}):
+        sides = [(name, arm.get(seed, "not planned")) for name, arm in zip((better, than), arms, strict=True)]
+        problems = [f"{name} {value}" for name, value in sides if isinstance(value, str)]
+        if problems:
+            dropped.append(f"seed {seed} ({', '.join(problems)})")
+        else:
+            differences[seed] = sides[0][1] - sides[1][1]
+    values = np.array(list(differences.values()), dtype=float)
+    mean, sd, low, high, p = paired_t(values, level)
+    found = resolvable(len(values), sd, 1 - level)
+    return Contrast(better, than, metric, tuple(differences), mean, sd, low, high, p, found, level, tuple(dropped))
+
+
+def _arm(results: pd.DataFrame, variant: str, metric: str) -> dict[int, float | str]:
+    """seed -> value, or why there is none."""
+    found: dict[int, float | str] = {}
+    for row in results[results["variant"] == variant].to_dict("records"):
+        value = row.get(metric)
+        if row["status"] != "finished":
+            found[int(row["seed"])] = str(row["status"])
+        elif value is None or not math.isfinite(value):
+            found[int(row["seed"])] = f"has no finite {metric}"
+        else:
+            found[int(row["seed"])] = float(value)
+    return found
+
+
+# ---- judgement
+
+
+def judge(results: pd.DataFrame, ablation: Ablation) -> list[Verdict]:
+    """The claims of a question, in order, each with its verdict.
+
+    seen: significant after Holm, in the claimed direction. not seen: the interval has no room for an improvement that matters.
+    not resolvable: everything else, fewer than three pairs included.
+    """
+    contrasts = [contrast(results, claim.better, claim.than, ablation.metric) for claim in ablation.claims]
+    # Two pairs have a p value, but no claim rests on them.
+    adjusted = holm([c.p if c.n >= FEWEST else NAN for c in contrasts])
+    return [_verdict(c, p, len(contrasts), ablation) for c, p in zip(contrasts, adjusted, strict=True)]
+
+
+def _verdict(c: Contrast, p: float, comparisons: int, ablation: Ablation) -> Verdict:
+    matters, needed = ablation.smallest_effect, None
+    if c.n < FEWEST:
+        verdict, sentence = "not resolvable", _too_few(c, ablation)
+    elif c.constant and c.mean == 0:
+        verdict = "not seen"
+        sentence = (
+            f"{c.better} and {c.than} are equal in {c.metric}, digit for digit, in all {c.n} pairs: expected if they are the same; "
+            f"if they are not, the change never took part and was not tested."
+        )
+    elif c.constant:
+        verdict = "not resolvable"
+        sentence = (
+            f"{c.better} and {c.than} differ by exactly {signed(c.mean)} in {c.metric} in all {c.n} pairs: the seeds varied nothing, "
+            f"so there is no noise to compare this with."
+        )
+    elif p < 1 - c.level and c.mean < 0:
+        verdict = "seen"
+        small = f" It is less than the {matters:g} that was said to matter." if -c.mean < matters else ""
+        sentence = f"{c.better} is better than {c.than}: {c.metric} differs by {signed(c.mean)}, {c.interval}, {_p(p, comparisons)}.{small}"
+    elif c.low > -matters:
+        verdict = "not seen"
+        worse = c.low > 0
+        start = f"{c.better} is worse than {c.than}" if worse else f"{c.better} is not better than {c.than} by {matters:g} or more"
+        sentence = f"{start}: {c.metric} differs by {signed(c.mean)}, {c.interval}, {_p(p, comparisons)}."
+    else:
+        verdict, needed = "not resolvable", seeds_needed(matters, c.sd, 1 - c.level)
+        sentence = (
+            f"Too few seeds to tell whether {c.better} is better than {c.than}: {c.metric} differs by {signed(c.mean)}, {c.interval}, "
+            f"{_p(p, comparisons)}; {c.n} pairs at this spread find {c.resolvable:.3g} or more, and {_many(needed)} to find {matters:g}."
+        )
+    if c.dropped and c.n >= FEWEST:
+        sentence += f" Left out: {'; '.join(c.dropped)}."
+    return Verdict(c, p, comparisons, verdict, needed, sentence)
+
+
+def _too_few(c: Contrast, ablation: Ablation) -> str:
+    seen = f" ({c.metric} differs by {signed(c.mean)} so far)" if c.n else ""
+    planned = len(ablation.seeds)
+    why = f"only {planned} {'seed was' if planned == 1 else 'seeds were'} planned" if planned < FEWEST else f"{planned} were planned"
+    left = f"; left out: {'; '.join(c.dropped)}" if c.dropped else ""
+    pairs = "1 pair" if c.n == 1 else f"{c.n or 'no'} pairs"
+    return f"Whether {c.better} is better than {c.than} cannot be told from {pairs}{seen}: a claim needs {FEWEST}, and {why}{left}."
+
+
+def _p(p: float, comparisons: int) -> str:
+    value = "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
+    return f"{value} after Holm over {comparisons} comparisons" if comparisons > 1 else f"{value}, one comparison"
+
+
+def _many(needed: int | None) -> str:
+    return "more than 10000 would be needed" if needed is None else f"about {needed} would be needed"
+
+
+def noise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Per variant: finished seeds `n`, `mean` and `sd` of one metric between seeds (NaN where there are too few)."""
+    import pandas as pd
+
+    rows = {}
+    for variant in dict.fromkeys(results["variant"]):
+        values = [v for v in _arm(results, variant, metric).values() if isinstance(v, float)]
+        rows[variant] = {
+            "n": len(values),
+            "mean": float(np.mean(values)) if values else NAN,
+            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else NAN,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["n", "mean", "sd"]).rename_axis("variant")
+
+
+def summary(results: pd.DataFrame, ablation: Ablation) -> Summary:
+    """Verdicts, secondary metrics, the control where the effect should vanish, and what a reader must know about the rest."""
+    pairs = ablation.claims
+    secondary = [_plainly(contrast(results, p.better, p.than, metric)) for metric in ablation.also for p in pairs]
+    vanishing = []
+    if ablation.vanishes:
+        for pair in pairs:
+            vanishing.append(_vanished(contrast(results, pair.better, pair.than, ablation.vanishes.metric), ablation.vanishes.where))
+    notes = []
+    counts: dict[Any, int] = results["status"].value_counts().to_dict()
+    if counts.get("finished", 0) != len(results):
+        notes.append(f"Of {len(results)} jobs, " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) + ".")
+    return Summary(judge(results, ablation), [s for s in secondary if s], [s for s in vanishing if s], notes)
+
+
+def _plainly(c: Contrast) -> str:
+    if c.n < 2:
+        return f"{c.metric}, {c.better} against {c.than}: {signed(c.mean)} in one pair." if c.n else ""
+    return f"{c.metric}, {c.better} against {c.than}: {signed(c.mean)}, {c.interval}; secondary, no verdict."
+
+
+def _vanished(c: Contrast, where: str) -> str:
+    if c.n < 2:
+        return ""
+    differs = f"{c.metric} of {c.better} against {c.than} differs by {signed(c.mean)}, {c.interval}"
+    start = f"Where the effect should vanish ({where}), {differs}: "
+    if c.constant:
+        return start + ("exactly equal." if c.mean == 0 else "the same in all pairs, so there is no noise to compare it with.")
+    return start + ("it does not vanish there." if c.low > 0 or c.high < 0 else "no effect is seen there.")

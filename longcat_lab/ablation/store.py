@@ -1,0 +1,250 @@
+"""The folder of a sweep: where things are, how they are written so that nothing is ever half there, and who may write.
+
+FOLDER/ablation.yaml                      the resolved question
+FOLDER/jobs/VARIANT/seed-S/run.json       the truth about one job
+FOLDER/results.parquet                    one row per job
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longcat_lab.errors import LabError
+from longcat_lab.files import read_json, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from longcat_lab.ablation.match import Solution
+    from longcat_lab.ablation.spec import Ablation
+
+LOCK = ".lock"
+DONE = ("finished", "failed", "interrupted")
+
+
+def job_folder(folder: Path, variant: str, seed: int) -> Path:
+    return folder / "jobs" / variant / f"seed-{seed}"
+
+
+# ---- writing
+
+
+def write_question(folder: Path, ablation: Ablation, solution: Solution) -> None:
+    """ablation.yaml: the question with what was solved, itself a valid question file; says when it was edited after answers were there."""
+    from longcat_lab.config.yaml import write_yaml
+
+    solved = {name: {"moved": solution.moved[name], "totals": solution.totals[name]} for name in solution.configs}
+    settled = {name: {**overrides, **solution.moved[name]} for name, overrides in ablation.variants.items()}
+    now = stated(ablation.model_copy(update={"variants": settled, "solved": solved, "changes": []}).to_dict())
+    if (folder / "ablation.yaml").is_file():
+        before = read_question(folder)
+        changes = list(before.get("changes") or [])
+        edited = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in ("solved", "changes")]
+        runs = [read_run(job_folder(folder, name, seed)) for name in settled for seed in ablation.seeds]
+        if edited and (done := sum(run is not None and run.get("status") == "finished" for run in runs)):
+            changes.append(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {', '.join(edited)} edited when {done} jobs had finished")
+        now |= {"changes": changes} if changes else {}
+    text = write_yaml(now)
+    write_whole(folder / "ablation.yaml", lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def stated(question: dict[str, Any]) -> dict[str, Any]:
+    """A question's keys without the empty ones."""
+    return {key: value for key, value in question.items() if value not in (None, [], {}, "")}
+
+
+def read_question(folder: Path) -> dict[str, Any]:
+    """The content of ablation.yaml, unchecked."""
+    from longcat_lab.config.yaml import read_yaml
+
+    return read_yaml(folder / "ablation.yaml")
+
+
+# ---- reading
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The run.json of a job's folder; a job that says it runs while no process holds its folder is reported as interrupted."""
+    run = read_json(folder / "run.json")
+    if run and run.get("status") == "running" and is_free(folder):
+        run = read_json(folder / "run.json") or run  # it may have ended between the two looks
+        if run.get("status") == "running":
+            run |= {"status": "interrupted", "reason": "its process is gone without a word"}
+    return run
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder that is not this ablation's; touches nothing.
+
+    Raises:
+        LabError: something else is there.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise LabError(f"{folder} is a file; choose another folder with --out.")
+    if not {entry.name for entry in folder.iterdir()} - {LOCK}:
+        return
+    if not (folder / "ablation.yaml").is_file():
+        raise LabError(f"{folder} holds other files and no sweep; choose an empty or a new folder with --out.")
+    if (other := read_question(folder).get("name")) != name:
+        raise LabError(f"{folder} holds the sweep '{other}', not '{name}'; choose another folder with --out.")
+
+
+# ---- who may write
+
+
+class Lock:
+    """An exclusive lock that ends with its process, whatever ends the process. Its file says who holds it."""
+
+    def __init__(self, file: io.FileIO, before: dict[str, Any]) -> None:
+        self._file, self.before = file, before
+
+    @classmethod
+    def take(cls, folder: Path, wait: float = 0.0) -> Lock | None:
+        """The lock of `folder` (made if missing), waiting up to `wait` seconds; None while another process holds it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (open as long as the lock is held)
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() >= deadline:
+                    file.close()
+                    return None
+                time.sleep(0.05)
+                continue
+            lock = cls(file, holder(folder))
+            lock.note()
+            return lock
+
+    def note(self, **what: Any) -> None:
+        """Say who holds it, and more, for those who find it held or left behind."""
+        data = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **what}).encode()
+        self._file.truncate(0)
+        self._file.write(data)
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def holder(folder: Path) -> dict[str, Any]:
+    """What the present or last holder of a folder's lock noted: pid, host, and for a job its kernel."""
+    return read_json(folder / LOCK) or {}
+
+
+def said_holder(folder: Path) -> str:
+    """`pid 123 on host`."""
+    note = holder(folder)
+    return f"pid {note.get('pid', '?')} on {note.get('host', '?')}"
+
+
+def is_free(folder: Path) -> bool:
+    """Whether no process holds the folder's lock."""
+    try:
+        with open(folder / LOCK, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+# ---- results
+
+
+def result_row(run: dict[str, Any] | None, variant: str, seed: int, identity: str) -> dict[str, Any]:
+    """One row of results.parquet for the job that is meant by `identity`."""
+    row = {"variant": variant, "seed": seed, "status": "planned", "reason": "", "identity": identity, "seconds": None}
+    if run is None:
+        return row
+    if run.get("identity") != identity:
+        return {**row, "reason": "configuration, data or code changed since it last ran"}
+    measures = {k: v for k, v in (run.get("final") or {}).items() if isinstance(v, int | float)}
+    row |= {"status": run.get("status", "planned"), "reason": run.get("reason") or "", "seconds": (run.get("job") or {}).get("seconds")}
+    return {**measures, **(run.get("budget") or {}), **row}
+
+
+def write_results(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """results.parquet as a whole."""
+    frame = _frame(rows)
+    write_whole(folder / "results.parquet", lambda part: frame.to_parquet(part, index=False))
+
+
+def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    first = ["variant", "seed", "status", "reason", "identity", "seconds"]
+    frame = pd.DataFrame(list(rows))
+    frame = frame.reindex(columns=first + [column for column in frame.columns if column not in first])
+    for column in frame.columns[5:]:
+        frame[column] = pd.to_numeric(frame[column])
+    return frame
+
+
+def load_results(folder: str | Path) -> pd.DataFrame:
+    """One row per planned job: variant, seed, status, reason, identity, seconds, totals and final metrics (NaN where there is none).
+
+    Jobs that ended after the table was last written (the driver was killed) are read from their own run.json.
+
+    Raises:
+        LabError: there is no sweep in `folder`.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    path = folder / "results.parquet"
+    if not path.is_file():
+        raise LabError(f"There is no sweep in {folder}: it has no results.parquet.")
+    rows = []
+    for row in pd.read_parquet(path).to_dict("records"):
+        run = read_run(job_folder(folder, row["variant"], row["seed"]))
+        same = run is not None and run.get("identity") == row["identity"]
+        # A job that could not even start has its reason in the table only.
+        kept = row["status"] == "failed" and (not same or run.get("status") not in DONE)
+        rows.append(result_row(run, row["variant"], row["seed"], row["identity"]) if same and not kept else row)
+    return _frame(rows)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything a page needs of a sweep's folder.
+
+    Attributes:
+        results: see `load_results`.
+        runs: (variant, seed) -> run.json, for jobs that have one.
+    """
+
+    folder: Path
+    ablation: Ablation
+    results: pd.DataFrame
+    runs: dict[tuple[str, int], dict[str, Any]]
+
+
+def read_sweep(folder: str | Path) -> Sweep:
+    """The sweep in `folder`, whole or half done.
+
+    Raises:
+        LabError: there is none.
+    """
+    from longcat_lab.ablation.spec import read
+
+    folder = Path(folder)
+    if not (folder / "ablation.yaml").is_file():
+        raise LabError(f"There is no sweep in {folder}: it has no ablation.yaml.")
+    results = load_results(folder)
+    cells = [(str(v), int(s)) for v, s in zip(results["variant"], results["seed"], strict=True)]
+    runs = {cell: read_run(job_folder(folder, *cell)) for cell in cells}
+    return Sweep(folder, read(folder / "ablation.yaml"), results, {cell: run for cell, run in runs.items() if run is not None})

@@ -1,0 +1,33 @@
+"""Blocks of LongCat-class models, one folder each; importing this package registers the kinds that come with it.
+
+A folder holds `config.py` (settings, cost), `module.py` (the nn.Module) and `op.py` (the reference operation that reads like
+its equation, and a fast one of the same signature where it pays).
+"""
+
+from longcat_lab.blocks.interface import Block, BlockConfig, Budget, ModelShape, kinds, register, slot
+from longcat_lab.blocks.mla.config import MLAConfig
+from longcat_lab.blocks.moe.config import MoEConfig
+from longcat_lab.blocks.ngram_embedding.config import NgramEmbeddingConfig
+from longcat_lab.blocks.rms_norm.config import RMSNormConfig
+from longcat_lab.blocks.rope.config import RopeConfig
+from longcat_lab.blocks.scmoe.config import ScMoELayerConfig
+from longcat_lab.blocks.swiglu.config import SwiGLUConfig
+from longcat_lab.blocks.token_embedding.config import TokenEmbeddingConfig
+
+__all__ = [
+    "Block",
+    "BlockConfig",
+    "Budget",
+    "MLAConfig",
+    "MoEConfig",
+    "ModelShape",
+    "NgramEmbeddingConfig",
+    "RMSNormConfig",
+    "RopeConfig",
+    "ScMoELayerConfig",
+    "SwiGLUConfig",
+    "TokenEmbeddingConfig",
+    "kinds",
+    "register",
+    "slot",
+]

@@ -1,0 +1,142 @@
+"""What every block kind answers, and the registry in which kinds are found by role and name.
+
+A *role* is a place in the model (attention, ffn, moe, ...); a *kind* is one way to fill it (`mla`, `swiglu`, ...).
+A kind is one class: its configuration, which can say what it costs and can build its module. A new kind is:
+
+    @register("ffn")
+    class MyFfn(BlockConfig):
+        kind: Literal["mine"] = "mine"
+        def build(self, shape): ...       # an nn.Module
+        def budget(self, shape): ...      # a Budget
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+from torch import nn
+
+from longcat_lab.node import InnerNodeError, Node, nearest
+
+STATE_ELEMENT_BYTES = 2  # decoding caches are kept in bf16
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What one block costs.
+
+    params: elements in the checkpoint (trained parameters and persistent buffers such as the router's selection bias).
+    active_params: weights that one token multiplies with, on average. Rows that are only looked up do not count (the
+        convention behind LongCat's published activated sizes, which leave out the input embedding).
+    flops_per_token: forward floating-point operations a token, 2 a multiply-add, matrix products only; causal attention is
+        counted over the tokens that are really visible, (T + 1) / 2 on average. Training is three times this.
+    state_bytes_per_token: bytes that one more token adds to the decoding cache (bf16).
+    """
+
+    params: int = 0
+    active_params: int = 0
+    flops_per_token: float = 0.0
+    state_bytes_per_token: int = 0
+
+    def __add__(self, other: Budget) -> Budget:
+        return Budget(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> Budget:
+        return Budget(*(a * times for a in dataclasses.astuple(self)))
+
+    __rmul__ = __mul__
+
+    @classmethod
+    def of_weights(cls, count: int) -> Budget:
+        """`count` weights, each used in one multiply-add per token."""
+        return cls(params=count, active_params=count, flops_per_token=2.0 * count)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """What a block may know of the model it stands in: sizes, and the configurations that fill the other roles."""
+
+    hidden_size: int
+    vocab_size: int
+    sequence_length: int
+    initializer_range: float = 0.02
+    norm: BlockConfig | None = None
+    rope: BlockConfig | None = None
+    attention: BlockConfig | None = None
+    ffn: BlockConfig | None = None
+    moe: BlockConfig | None = None
+
+
+class BlockConfig(Node):
+    """A block kind: its settings, what it costs, and how it is built."""
+
+    kind: str
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise ConfigError where these settings and the model's do not fit together."""
+
+    def budget(self, shape: ModelShape) -> Budget:
+        raise NotImplementedError
+
+    def build(self, shape: ModelShape) -> nn.Module:
+        raise NotImplementedError
+
+
+class Block(nn.Module):
+    """Base of the blocks' modules: what the model's initialisation, the optimizer and the logs may ask of a module.
+
+    roles: parameter name (relative to this module) to what the optimizer takes it for: `embedding` or `table`. Others are
+        `matrix` (two or more dimensions) or `vector`.
+    initial_std: parameter name (relative) to the standard deviation it starts with, where the model's own does not serve.
+    """
+
+    roles: ClassVar[dict[str, str]] = {}
+
+    def initial_std(self) -> dict[str, float]:
+        return {}
+
+    def after_step(self) -> None:
+        """Called once after each optimizer step, outside autograd."""
+
+    def statistics(self) -> dict[str, float]:
+        """Measures of the block's mechanism since they were last read, for the log."""
+        return {}
+
+
+_KINDS: dict[str, dict[str, type[BlockConfig]]] = {}
+Kind = TypeVar("Kind", bound=type[BlockConfig])
+
+
+def register(role: str) -> Any:
+    """Class decorator: makes a BlockConfig known under `role` and the default of its `kind` field."""
+
+    def add(kind: Kind) -> Kind:
+        _KINDS.setdefault(role, {})[kind.model_fields["kind"].default] = kind
+        return kind
+
+    return add
+
+
+def kinds(role: str | None = None) -> dict[str, Any]:
+    """Kinds of a role by name; without a role, the same for every role."""
+    return dict(_KINDS.get(role, {})) if role else {name: dict(found) for name, found in _KINDS.items()}
+
+
+def _choose(role: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    found = _KINDS.get(role, {})
+    name = value.get("kind", next(iter(found), None))
+    if name not in found:
+        raise ValueError(f"there is no {role} kind '{name}'{nearest(str(name), list(found))}")
+    try:
+        return found[name].model_validate(value)
+    except ValidationError as error:
+        raise InnerNodeError(found[name], error) from None
+
+
+def slot(role: str) -> Any:
+    """The type of a configuration field that any registered kind of `role` can fill; the first registered is the default."""
+    return Annotated[SerializeAsAny[BlockConfig], BeforeValidator(lambda value: _choose(role, value))]

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from longcat_lab.blocks.interface import STATE_ELEMENT_BYTES, BlockConfig, Budget, ModelShape, register
+from longcat_lab.blocks.mla.module import MLA
+
+
+@register("attention")
+class MLAConfig(BlockConfig):
+    """Dense multi-head latent attention (DeepSeek-V2), with LongCat's scale corrections."""
+
+    kind: Literal["mla"] = "mla"
+    num_attention_heads: int = Field(4, ge=1)
+    q_lora_rank: int = Field(64, ge=1, description="width of the query latent")
+    kv_lora_rank: int = Field(32, ge=1, description="width of the key-value latent: what the cache keeps")
+    qk_nope_head_dim: int = Field(16, ge=1, description="part of a head's query and key without position")
+    qk_rope_head_dim: int = Field(16, ge=2, description="part of a head's query and key that RoPE turns; even")
+    v_head_dim: int = Field(32, ge=1)
+    mla_scale_q_lora: bool = Field(True, description="multiply the query latent by sqrt(hidden_size / q_lora_rank)")
+    mla_scale_kv_lora: bool = Field(True, description="multiply the key-value latent by sqrt(hidden_size / kv_lora_rank)")
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @model_validator(mode="after")
+    def _even(self) -> MLAConfig:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, but RoPE turns pairs: make it even")
+        return self
+
+    def budget(self, shape: ModelShape) -> Budget:
+        hidden, heads = shape.hidden_size, self.num_attention_heads
+        weights = (
+            hidden * self.q_lora_rank
+            + self.q_lora_rank * heads * self.qk_head_dim
+            + hidden * (self.kv_lora_rank + self.qk_rope_head_dim)
+            + self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+            + heads * self.v_head_dim * hidden
+        )
+        norms = shape.norm.budget(shape, self.q_lora_rank) + shape.norm.budget(shape, self.kv_lora_rank)
+        visible = (shape.sequence_length + 1) / 2
+        core = Budget(flops_per_token=2.0 * heads * (self.qk_head_dim + self.v_head_dim) * visible)
+        state = Budget(state_bytes_per_token=STATE_ELEMENT_BYTES * (self.kv_lora_rank + self.qk_rope_head_dim))
+        return Budget.of_weights(weights) + norms + core + state
+
+    def build(self, shape: ModelShape) -> MLA:
+        return MLA(self, shape)

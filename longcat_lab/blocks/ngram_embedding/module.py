@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longcat_lab.blocks.interface import Block, ModelShape
+from longcat_lab.blocks.ngram_embedding.op import fuse_reference, ngram_rows, table_moduli
+from longcat_lab.blocks.token_embedding.module import TokenEmbedding
+
+if TYPE_CHECKING:
+    from longcat_lab.blocks.ngram_embedding.config import NgramEmbeddingConfig
+
+
+class NgramEmbedding(Block):
+    """Mean of the token's embedding and of E = (order - 1) * splits projected hashed tables. [B, T] to [B, T, H].
+
+    All tables lie in one parameter `tables` [sum of rows, H / E], one behind the other.
+    """
+
+    roles: ClassVar[dict[str, str]] = {"tables": "table"}
+
+    def __init__(self, config: NgramEmbeddingConfig, shape: ModelShape, token: TokenEmbedding) -> None:
+        super().__init__()
+        self.config = config
+        moduli = table_moduli(shape.vocab_size, config.vocab_ratio, config.order, config.splits)
+        count, self.width = len(moduli), shape.hidden_size // len(moduli)
+        self.token = token
+        self.tables = nn.Parameter(torch.empty(sum(moduli), self.width))
+        self.projection = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
+        self.scale = (count + 1) ** 0.5 if config.normalised_init else 1.0
+        weights = [
+            [pow(shape.vocab_size, j, m) if j < table // config.splits + 2 else 0 for table, m in enumerate(moduli)]
+            for j in range(config.order)
+        ]
+        starts = [sum(moduli[:i]) for i in range(count)]
+        for name, value in (("weights", weights), ("moduli", moduli), ("starts", starts)):
+            self.register_buffer(f"hash_{name}", torch.tensor(value, dtype=torch.int64, device="cpu"), persistent=False)
+        self.register_buffer("touched", torch.zeros(sum(moduli), dtype=torch.bool), persistent=False)
+
+    def initial_std(self) -> dict[str, float]:
+        # Every branch starts with the token embedding's own RMS: sum over `width` products of std * std of the projection.
+        return {"tables": self.token.std, "projection.weight": self.width**-0.5}
+
+    def rows(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Rows of `tables` that each token reads, int64 [B, T, E]."""
+        return ngram_rows(tokens, document_ids, self.hash_weights, self.hash_moduli) + self.hash_starts
+
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        rows = self.rows(tokens, document_ids)
+        if self.training:
+            self.touched[rows.flatten()] = True
+        return fuse_reference(
+            self.token(tokens), nn.functional.embedding(rows, self.tables), self.projection.weight, self.scale
+        )
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        return {"rows_touched": float(self.touched.float().mean()), "table_rms": float(self.tables.square().mean().sqrt())}

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import ModuleList
+
+from longcat_lab.blocks.interface import Block, BlockConfig, ModelShape
+
+
+class ScMoELayer(Block):
+    """One shortcut layer: two attentions, two dense networks, and one mixture whose result is needed only at the end.
+
+        a0 = x + MLA_0(N_in0(x));  u = N_post0(a0);  m = MoE(u)
+        a1 = b0 + MLA_1(N_in1(b0)) with b0 = a0 + FFN_0(u)
+        y  = a1 + FFN_1(N_post1(a1)) + m
+
+    Mixture and first dense network read the same normed u, so that the mixture may run (and communicate) at any time between.
+    Source: LongCat-Flash (arXiv 2509.01322) section 2.2. In place of an op folder, this block only orders others.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+
+        def two(part: BlockConfig) -> ModuleList:
+            return ModuleList(part.build(shape) for _ in range(2))
+
+        self.input_layernorm, self.post_attention_layernorm = two(shape.norm), two(shape.norm)
+        self.self_attn, self.mlps, self.mlp = two(shape.attention), two(shape.ffn), shape.moe.build(shape)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """x [B, T, H], rope and mask as in MLA; [B, T, H]."""
+        a0 = x + self.self_attn[0](self.input_layernorm[0](x), rope, mask)
+        u = self.post_attention_layernorm[0](a0)
+        shortcut = self.mlp(u)
+        b0 = a0 + self.mlps[0](u)
+        a1 = b0 + self.self_attn[1](self.input_layernorm[1](b0), rope, mask)
+        return a1 + self.mlps[1](self.post_attention_layernorm[1](a1)) + shortcut

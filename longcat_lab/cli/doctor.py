@@ -1,0 +1,59 @@
+"""What this machine has."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+MIN_FREE_GIB = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked for. `needs` says what to do where it is missing; only `required` ones keep the lab from working."""
+
+    name: str
+    present: bool
+    found: str
+    needs: str
+    required: bool = False
+
+
+def _package(name: str, extra: str | None, use: str) -> Finding:
+    try:
+        return Finding(name, True, metadata.version(name), "", required=extra is None)
+    except metadata.PackageNotFoundError:
+        how = f"pip install -c constraints.txt -e '.[{extra}]'" if extra else "pip install -c constraints.txt -e ."
+        return Finding(name, False, "", f"{use}: {how}", required=extra is None)
+
+
+def examine() -> list[Finding]:
+    """Python, torch and its device, the packages by extra, disk, git; in the order of the printed table."""
+    import torch
+
+    python = platform.python_version()
+    findings = [Finding("python", sys.version_info >= (3, 11), python, f"3.11 or newer, this is {python}", required=True)]
+    findings.append(_package("torch", None, "everything"))
+    device = torch.accelerator.current_accelerator(check_available=True)
+    findings.append(Finding("cpu", True, f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads", ""))
+    if device is None:
+        findings.append(Finding("accelerator", False, "", "none seen: runs use the CPU in fp32; a CUDA build of torch or torch-npu with CANN adds one"))
+    else:
+        findings.append(Finding("accelerator", True, str(device), ""))
+    npu = util.find_spec("torch_npu") is not None
+    findings.append(Finding("npu", npu, "torch_npu is installed", "Ascend machines only: pip install -c constraints.txt -e '.[npu]' beside CANN"))
+    findings += [_package(name, None, "everything") for name in ("pydantic", "tokenizers", "pyarrow", "safetensors", "scipy")]
+    findings += [_package(name, "notebook", "sweeps, notebooks and result pages") for name in ("papermill", "jupyterlab", "matplotlib")]
+    findings.append(_package("wandb", "wandb", "tracking.wandb"))
+    findings.append(_package("submitit", "slurm", "sweeps on a Slurm cluster"))
+    findings.append(_package("datasets", "hub", "data.source.kind=huggingface"))
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    findings.append(Finding("disk", free >= MIN_FREE_GIB, f"{free:.0f} GiB free here", f"{free:.1f} GiB free here, {MIN_FREE_GIB} wanted"))
+    git = shutil.which("git")
+    findings.append(Finding("git", git is not None, git or "", "runs will not know their commit: install git"))
+    return findings

@@ -1,0 +1,101 @@
+"""The commands. What they do lives in the rooms; imports are inside, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longcat_lab.errors import LabError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as many as wanted")]
+
+
+@app.callback()
+def _about() -> None:
+    """Architecture ablations of LongCat-class language models, with error bars."""
+
+
+@app.command()
+def run(
+    ablation: Annotated[Path, typer.Argument(help="the question: a YAML file")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the sweep; runs/NAME if not given")] = None,
+    jobs: Annotated[int | None, typer.Option(help="jobs side by side; as many as there are cores if not given")] = None,
+    executor: Annotated[str, typer.Option(help="where jobs run: local")] = "local",
+) -> None:
+    """Run every variant and seed of an ablation; running it again does only what is missing."""
+    from longcat_lab.ablation import run as run_ablation
+
+    if executor != "local":
+        raise LabError(f"There is no executor '{executor}': the one there is is local.")
+    folder = run_ablation(ablation, out=out, jobs=jobs, overrides=overrides or ())
+    typer.echo(f"Every job is finished. The result page: longcat-lab report {folder}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a sweep's folder, such as runs/demo")]) -> None:
+    """Render the result page from what is in a sweep's folder; prints the page's path."""
+    from longcat_lab.ablation import render
+
+    typer.echo(render(folder))
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="a preset or a YAML file")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; runs/single/IDENTITY if not given")] = None,
+) -> None:
+    """Train one run; the same command goes on from its checkpoint after a stop."""
+    from longcat_lab.config import load
+    from longcat_lab.data import prepare
+    from longcat_lab.training import fit
+
+    resolved = load(config, *(overrides or ()))
+    prepare(resolved.data, resolved.model.vocab_size, progress=lambda line: typer.echo(f"data: {line}", err=True))
+    finished = fit(resolved, out, progress=sys.stderr.isatty())
+    for key, value in finished.summary.items():
+        typer.echo(f"{key:28} {value:.4f}" if isinstance(value, float) else f"{key:28} {value}")
+    typer.echo(finished.path)
+
+
+@app.command()
+def budget(config: Annotated[str, typer.Argument(help="a preset or a YAML file")], overrides: Overrides = None) -> None:
+    """Parameters, active parameters, forward FLOPs a token and cache bytes a token, by part."""
+    from longcat_lab.budget import budget as table
+    from longcat_lab.config import load
+
+    typer.echo(table(load(config, *(overrides or ()))).to_string(formatters={}, float_format="{:,.0f}".format))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, and what each missing piece would need."""
+    from longcat_lab.cli.doctor import examine
+
+    rows = examine()
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        typer.echo(f"{'ok     ' if row.present else 'missing'} {row.name:{width}}  {row.found if row.present else row.needs}")
+    if not all(row.present for row in rows if row.required):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: mistakes end with one sentence on stderr and exit code 2, a stop with 130."""
+    try:
+        app()
+    except LabError as error:
+        typer.echo(f"longcat-lab: {error}", err=True)
+        sys.exit(getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        typer.echo("longcat-lab: stopped; the same command goes on from here.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

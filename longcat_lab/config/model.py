@@ -1,0 +1,45 @@
+"""What a model is: sizes, and a block kind for every role."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from longcat_lab.blocks import ModelShape, slot
+from longcat_lab.node import Node
+
+
+class ModelConfig(Node):
+    """A LongcatLM. Knobs have the names of the published configurations."""
+
+    hidden_size: int = Field(128, ge=1, description="width of the residual stream")
+    num_layers: int = Field(2, ge=1, description="shortcut layers; each has two attentions")
+    vocab_size: int = Field(4096, ge=257, description="tokens, the tokenizer's too; 256 bytes and the end-of-document token at least")
+    max_position_embeddings: int = Field(256, ge=2, description="longest sequence")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    embedding: slot("embedding") = Field(default={}, description="input embedding")
+    rope: slot("rope") = Field(default={}, description="positions")
+    norm: slot("norm") = Field(default={}, description="normalisation")
+    attention: slot("attention") = Field(default={}, description="attention, twice a layer")
+    ffn: slot("ffn") = Field(default={}, description="dense feed-forward network, twice a layer")
+    moe: slot("moe") = Field(default={}, description="mixture of experts, once a layer")
+    layer: slot("layer") = Field(default={}, description="how a layer orders the others")
+
+    def shape(self) -> ModelShape:
+        """What the blocks are told of this model."""
+        return ModelShape(
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            sequence_length=self.max_position_embeddings,
+            initializer_range=self.initializer_range,
+            norm=self.norm,
+            rope=self.rope,
+            attention=self.attention,
+            ffn=self.ffn,
+            moe=self.moe,
+        )
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        for part in (self.embedding, self.rope, self.norm, self.attention, self.ffn, self.moe, self.layer):
+            part.check(self.shape())
+        return self

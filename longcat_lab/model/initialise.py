@@ -1,0 +1,44 @@
+"""Initial weights that depend on the seed and the parameter's own name, and on nothing else."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from longcat_lab.blocks import Block
+
+BLOCK_ROWS = 1024
+
+
+def normal_rows(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+    """N(0, std^2) in fp32 on the CPU, drawn in blocks of 1024 rows, each from its own (seed, name, block).
+
+    So arms that share a parameter's name and shape start from the same values whatever else they contain, and a rank that
+    holds only some rows can draw those alone.
+    """
+    values = torch.empty(shape, device="cpu")
+    rows = values.view(-1, shape[-1])
+    for start in range(0, len(rows), BLOCK_ROWS):
+        key = zlib.crc32(f"{seed}/{name}/{start // BLOCK_ROWS}".encode())
+        generator = torch.Generator(device="cpu").manual_seed(seed * 2**32 + key)
+        part = rows[start : start + BLOCK_ROWS]
+        part.copy_(torch.randn(BLOCK_ROWS, shape[-1], generator=generator)[: len(part)] * std)
+    return values
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, std: float, seed: int) -> None:
+    """Matrices N(0, std^2) or what their block asks for, vectors (gains) one, biases of the router zero."""
+    own = {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, module in model.named_modules()
+        if isinstance(module, Block)
+        for name, value in module.initial_std().items()
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 and name not in own:
+            parameter.fill_(1.0)
+        else:
+            parameter.copy_(normal_rows(parameter.shape, own.get(name, std), seed, name))

@@ -1,0 +1,90 @@
+"""The base of every configuration node: strict keys, strict types, errors that name the fix."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from longcat_lab.errors import LabError
+
+
+class ConfigError(LabError):
+    """A configuration cannot be used; the message names the key, what is wrong with it and what to write instead."""
+
+
+class InnerNodeError(ValueError):
+    """Carries the error of a node that was chosen at run time (a block kind) up to the outer node's error."""
+
+    def __init__(self, kind: type[BaseModel], error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.kind, self.error = kind, error
+
+
+class Node(BaseModel):
+    """One node of a configuration tree. Unknown keys and wrong types are errors, values are immutable."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON types only), from which `validate_node` makes an equal node again."""
+        return self.model_dump(mode="json")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`, did you mean 'x'?`, or the list of what there is when nothing is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f", did you mean '{close[0]}'?"
+    return f"; known here: {', '.join(sorted(known))}" if known else ""
+
+
+def validate_node(kind: type[Node], data: Any, where: str = "") -> Any:
+    """`data` (a mapping) as a `kind`.
+
+    Raises:
+        ConfigError: one sentence naming the dotted key, relative to `where`.
+    """
+    if not isinstance(data, dict | Node):
+        raise ConfigError(f"{where or kind.__name__}: expected keys and values, got {data!r}.")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, kind, where)) from None
+
+
+def _sentence(error: ValidationError, kind: type[Node], where: str) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(([where] if where else []) + path) or where or kind.__name__
+    if first["type"] == "extra_forbidden":
+        return f"Unknown key '{key}'{nearest(path[-1], _fields_at(kind, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"'{key}' is missing."
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InnerNodeError):
+        return _sentence(cause.error, cause.kind, key)
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    end = "" if (message + got).endswith(("?", ".")) else "."
+    return f"'{key}': {message[0].lower()}{message[1:]}{got}{end}"
+
+
+def _fields_at(kind: type[Node], path: tuple[Any, ...]) -> list[str]:
+    """Field names of the node at `path` below `kind`, as far as the static types say."""
+    current: Any = kind
+    for part in path:
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            continue  # a union's tag, or an index
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        nodes = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        tagged = [n for n in nodes if path[-1] in _tags(n)]
+        current = (tagged or nodes or [current])[0]
+    return list(getattr(current, "model_fields", {}))
+
+
+def _tags(node: type[BaseModel]) -> tuple[Any, ...]:
+    kind = node.model_fields.get("kind")
+    return getattr(kind.annotation, "__args__", ()) if kind else ()

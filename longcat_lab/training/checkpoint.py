@@ -1,0 +1,77 @@
+"""Checkpoints that are whole or not there: weights in safetensors, the rest loadable with weights_only."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from longcat_lab.errors import LabError
+from longcat_lab.files import read_json, write_folder, write_json, write_whole
+
+WEIGHTS = "model.safetensors"
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Parameters and persistent buffers of `model` as one safetensors file."""
+    write_whole(path, lambda temporary: save_model(model, str(temporary)))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Raises LabError where the file is missing, cut short, or of another model."""
+    try:
+        load_model(model, str(path))
+    except Exception as error:
+        raise LabError(f"{path}: these weights cannot be loaded into this model ({str(error).splitlines()[0]}).") from None
+
+
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Writes `folder/checkpoint-STEP` in one step, then removes older ones."""
+    path = folder / f"checkpoint-{step:08d}"
+
+    def write(temporary: Path) -> None:
+        save_weights(model, temporary / WEIGHTS)
+        rest = {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "buffers": _transient(model)}
+        torch.save(rest, temporary / "optimizer.pt")
+        write_json(temporary / "state.json", {"step": step, **state})
+
+    if not path.exists():
+        write_folder(path, write)
+    for older in _all(folder)[:-1]:
+        shutil.rmtree(older)
+
+
+def load_latest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Puts the newest checkpoint into model and optimizer; its state (`step` and what was saved with it), or None if there is none."""
+    found = _all(folder)
+    if not found:
+        return None
+    load_weights(model, found[-1] / WEIGHTS)
+    try:
+        rest = torch.load(found[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise LabError(f"{found[-1]}: this checkpoint cannot be read ({error}); delete it to start the run anew.") from None
+    optimizer.load_state_dict(rest["optimizer"])
+    for name, buffer in _transient(model).items():
+        buffer.copy_(rest["buffers"][name])
+    torch.set_rng_state(rest["random"])
+    return read_json(found[-1] / "state.json")
+
+
+def remove_all(folder: Path) -> None:
+    for path in _all(folder):
+        shutil.rmtree(path)
+
+
+def _transient(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that are no part of the model but of the run, such as what was counted so far."""
+    kept = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"))

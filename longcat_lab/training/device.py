@@ -1,0 +1,49 @@
+"""Which device a run computes on, by capability: the only module that asks what there is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from longcat_lab.errors import LabError
+
+
+def choose(name: str) -> torch.device:
+    """`auto` is the accelerator that is really there, else the CPU; any other name is taken as torch writes it."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise LabError(f"training.device '{name}' cannot be used on this machine: write auto or cpu.") from None
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast | contextlib.nullcontext:
+    """bf16 autocast where asked for, or (auto) where the accelerator computes in bf16; CPUs without it are faster in fp32."""
+    wants = precision == "bf16" or (precision == "auto" and device.type != "cpu" and _has_bf16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wants else contextlib.nullcontext()
+
+
+def _has_bf16(device: torch.device) -> bool:
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return bool(supported()) if supported else True
+
+
+@contextlib.contextmanager
+def deterministic(threads: int) -> Iterator[None]:
+    """Same bits each time: deterministic kernels only, a fixed number of CPU threads; both as before afterwards."""
+    before, filled = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, does not change results, costs time
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.set_num_threads(before)

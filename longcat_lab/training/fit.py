@@ -1,0 +1,298 @@
+"""The loop: from a configuration to a trained model in a folder, resumable at any checkpoint with the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longcat_lab.blocks import Block
+from longcat_lab.budget import totals
+from longcat_lab.config import RunConfig
+from longcat_lab.data import IGNORED, Batch, Loader, prepare
+from longcat_lab.errors import LabError
+from longcat_lab.files import read_json, write_json, write_whole
+from longcat_lab.model import build
+from longcat_lab.training import checkpoint, device, provenance
+from longcat_lab.training.evaluation import evaluate, evaluate_all
+from longcat_lab.training.optimizer import clip, make_optimizer, set_learning_rate
+from longcat_lab.training.run import Run
+from longcat_lab.training.schedule import learning_rate_factor
+from longcat_lab.training.trackers import FileTracker, WandbTracker
+
+DATA_SEED_STRIDE = 1_000_003  # keeps (data.seed, seed) pairs apart in one number
+
+
+def fit(
+    config: RunConfig, path: str | Path | None = None, *, progress: bool = True, stop: Callable[[], bool] | None = None
+) -> Run:
+    """Trains `config` and returns its run.
+
+    A finished run of the same identity in `path` is returned as it is; an unfinished one goes on from its checkpoint.
+
+    Args:
+        path: the run's folder; None takes `runs/single/IDENTITY`.
+        progress: a progress bar on the terminal or in the notebook.
+        stop: asked after each step; True ends the run there, with a checkpoint and status `interrupted`.
+
+    Raises:
+        LabError: the folder holds another run, the loss is not a number any more, the disk is full.
+        KeyboardInterrupt: as ever, but at the end of the step and after a checkpoint; a second one raises at once.
+    """
+    identity = provenance.identity(config)
+    folder = Path(path) if path is not None else Path("runs/single") / identity
+    before = read_json(folder / "run.json") or {}
+    if before.get("identity", identity) != identity:
+        raise LabError(f"{folder} holds another run ({before['identity']}, this one is {identity}): give another folder or delete it.")
+    if before.get("status") == "finished":
+        return Run(folder)
+    with device.deterministic(config.training.threads):
+        _Session(config, folder, identity, before, progress, stop).run()
+    return Run(folder)
+
+
+class _Session:
+    """One sitting of a run: set-up, loop, end. What must survive it is in the run's folder."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        identity: str,
+        before: dict[str, Any],
+        progress: bool,
+        stop: Callable[[], bool] | None,
+    ) -> None:
+        self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
+        self.corpus = prepare(config.data, config.model.vocab_size)
+        self.device = device.choose(config.training.device)
+        torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
+        self.model = build(config).to(self.device).train()
+        self.optimizer = make_optimizer(self.model, config.training.optimizer)
+        self.loader = Loader(
+            self.corpus.split("train"),
+            config.data.sequence_length,
+            config.data.batch_size,
+            config.data.seed * DATA_SEED_STRIDE + config.seed,
+        )
+        # Since the last logged row: summed loss (kept on the device), steps, seconds.
+        self.window = {"loss": 0.0, "steps": 0, "seconds": 0.0}
+        self.seconds, self.step, self.initial = 0.0, 0, {}
+        self._resume()
+        self.sinks = [FileTracker(folder, self.step)]
+        if config.tracking.wandb != "off":
+            self.sinks.append(WandbTracker(config.tracking, folder, folder.name, config.to_dict()))
+        self.record = {
+            **before,
+            "status": "running",
+            "reason": None,
+            "identity": identity,
+            "config": config.to_dict(),
+            "provenance": provenance.provenance(self.corpus.hash, self.device),
+            "budget": totals(config),
+            "timings": {"started": before.get("timings", {}).get("started") or _now()},
+            "final": {},
+        }
+        write_json(folder / "run.json", self.record)
+        difference = provenance.uncommitted_changes()
+        if difference:
+            write_whole(folder / "uncommitted.diff", lambda path: path.write_text(difference, encoding="utf-8"))
+
+    def _resume(self) -> None:
+        state = checkpoint.load_latest(self.folder, self.model, self.optimizer)
+        if state is None:
+            batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
+            self.initial = {"embedding_rms_initial": self._embedding_rms(batch)}
+            return
+        self.step, self.seconds, self.window, self.initial = (state[key] for key in ("step", "seconds", "window", "initial"))
+        self.loader.load_state_dict(state["loader"])
+
+    def run(self) -> None:
+        """Trains to the end, or records why not."""
+        try:
+            with finish_the_step() as asked:
+                self.asked = asked
+                stopped = self._train()
+            if not stopped:
+                self.record["final"] = self._final()
+                checkpoint.save_weights(self.model, self.folder / checkpoint.WEIGHTS) if self.config.training.keep_model else None
+            self._close("interrupted" if stopped else "finished", "stopped as asked" if stopped else None)
+            if stopped and self.asked.is_set():
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:  # the second one: this step is lost, the last checkpoint is not
+            self._close("interrupted", "stopped by the keyboard")
+            raise
+        except Exception as error:
+            self._close("failed", f"{type(error).__name__}: {error}" if not isinstance(error, LabError) else str(error))
+            raise
+        if self.record["status"] == "finished":
+            checkpoint.remove_all(self.folder)
+
+    def _train(self) -> bool:
+        """Steps until the last one; True if it was stopped before."""
+        from tqdm.auto import tqdm
+
+        training, told = self.config.training, 0.0
+        tokens = self.config.data.batch_size * self.config.data.sequence_length
+        with tqdm(total=training.steps, initial=self.step, disable=not self.progress, unit="step", mininterval=0.5) as bar:
+            while self.step < training.steps:
+                started = time.perf_counter()
+                loss, norm = self._one_step(next(self.loader))
+                self.step += 1
+                spent = time.perf_counter() - started
+                self.seconds += spent
+                self.window = {
+                    "loss": self.window["loss"] + loss,
+                    "steps": self.window["steps"] + 1,
+                    "seconds": self.window["seconds"] + spent,
+                }
+                if not math.isfinite(loss):
+                    raise LabError(f"The loss is {loss} at step {self.step}: lower training.optimizer.learning_rate or raise warmup_steps.")
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if self.step % training.log_every == 0 or self.step == training.steps:
+                    self._log(norm, tokens)
+                if time.monotonic() - told > 1 or self.step == training.steps:
+                    told = time.monotonic()
+                    self._tell(loss, tokens)
+                if self.step % training.checkpoint_every == 0 and self.step < training.steps:
+                    self._checkpoint()
+                if self.step < training.steps and (self.asked.is_set() or (self.stop is not None and self.stop())):
+                    self._checkpoint()
+                    return True
+        return False
+
+    def _one_step(self, batch: Batch) -> tuple[float, float]:
+        """One optimizer step on a global batch: its mean loss (nats a label) and its gradient norm before clipping."""
+        training = self.config.training
+        set_learning_rate(self.optimizer, learning_rate_factor(self.step, training.steps, training.schedule))
+        labels_in_batch = int((batch.labels != IGNORED).sum())
+        size, total = training.micro_batch_size or len(batch.tokens), 0.0
+        for start in range(0, len(batch.tokens), size):
+            part = [t[start : start + size].to(self.device) for t in (batch.tokens, batch.labels, batch.document_ids)]
+            loss = self._loss(*part) / max(labels_in_batch, 1)
+            loss.backward()
+            total += float(loss.detach())
+        norm = clip(self.optimizer, training.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for block in self._blocks().values():
+            block.after_step()
+        return total, norm
+
+    def _loss(self, tokens: Tensor, labels: Tensor, document_ids: Tensor) -> Tensor:
+        """Summed cross entropy in nats over the labels that are not ignored."""
+        with device.autocast(self.device, self.config.training.precision):
+            logits = self.model(tokens, document_ids)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def _blocks(self) -> dict[str, Block]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, Block)}
+
+    def _statistics(self) -> dict[str, float]:
+        return {f"{name}/{key}": value for name, block in self._blocks().items() for key, value in block.statistics().items()}
+
+    def _log(self, norm: float, tokens: int) -> None:
+        training, window = self.config.training, self.window
+        row = {
+            "step": self.step,
+            "tokens": self.step * tokens,
+            "loss": window["loss"] / window["steps"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm,
+            "tokens_per_second": window["steps"] * tokens / window["seconds"],
+            "seconds": self.seconds,
+            **self._statistics(),
+        }
+        if training.evaluate_every and (self.step % training.evaluate_every == 0):
+            row["validation_bpb"] = evaluate(self.model, self.corpus, self.config, "validation")
+        self.window = {"loss": 0.0, "steps": 0, "seconds": 0.0}
+        for sink in self.sinks:
+            sink.log(row)
+
+    def _tell(self, loss: float, tokens: int) -> None:
+        """progress.json: what a live table shows."""
+        rate = self.step * tokens / self.seconds
+        left = (self.config.training.steps - self.step) * tokens / rate
+        write_json(
+            self.folder / "progress.json",
+            {"step": self.step, "steps": self.config.training.steps, "tokens_per_second": rate, "seconds_left": left, "loss": loss},
+        )
+
+    def _checkpoint(self) -> None:
+        state = {"seconds": self.seconds, "window": self.window, "initial": self.initial, "loader": self.loader.state_dict()}
+        checkpoint.save(self.folder, self.step, self.model, self.optimizer, state)
+        self.sinks[0].save()
+
+    @torch.no_grad()
+    def _embedding_rms(self, batch: Batch) -> float:
+        """Root mean square of the embedding's output, which enters the residual stream."""
+        self.model.eval()
+        out = self.model.embed_tokens(batch.tokens.to(self.device), batch.document_ids.to(self.device))
+        self.model.train()
+        return float(out.float().square().mean().sqrt())
+
+    def _final(self) -> dict[str, float]:
+        started, rows = time.perf_counter(), self.sinks[0].rows
+        found = evaluate_all(self.model, self.corpus, self.config)
+        batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
+        self.record["timings"]["evaluation_seconds"] = time.perf_counter() - started
+        late = rows[-max(1, len(rows) // 5) :]  # mechanisms are judged where the model has settled
+        mechanism: dict[str, list[float]] = {}
+        for name, value in ((name, value) for row in late for name, value in row.items() if "/" in name):
+            mechanism.setdefault(name.rsplit("/", 1)[1], []).append(value)
+        return {
+            **found,
+            "train_loss": late[-1]["loss"],
+            "tokens": rows[-1]["tokens"],
+            "epochs": self.loader.epoch,
+            **self.initial,
+            "embedding_rms_final": self._embedding_rms(batch),
+            **{key: sum(values) / len(values) for key, values in mechanism.items()},
+        }
+
+    def _close(self, status: str, reason: str | None) -> None:
+        tokens = self.step * self.config.data.batch_size * self.config.data.sequence_length
+        timings = {**self.record["timings"], "ended": _now(), "training_seconds": self.seconds, "steps_done": self.step}
+        if self.seconds:
+            timings["tokens_per_second"] = tokens / self.seconds
+        for sink in self.sinks:
+            sink.finish()
+        self.record = {**self.record, "status": status, "reason": reason, "timings": timings}
+        write_json(self.folder / "run.json", self.record)
+
+
+@contextlib.contextmanager
+def finish_the_step() -> Iterator[threading.Event]:
+    """Makes the first keyboard interrupt set the event, so that a run ends between two steps; the second one raises at once.
+
+    A step that is cut in two could not be resumed with the same bits. Outside the main thread interrupts are not ours to take.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
