@@ -54,12 +54,12 @@ def validate_node(kind: type[Node], data: Any, where: str = "") -> Any:
         raise ConfigError(_sentence(error, kind, where)) from None
 
 
-def _sentence(error: ValidationError, kind: type[Node], where: str) -> str:
+def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> str:
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(([where] if where else []) + path) or where or kind.__name__
+    parts, parent = _walk(kind, first["loc"])
+    key = ".".join(([where] if where else []) + parts) or kind.__name__
     if first["type"] == "extra_forbidden":
-        return f"Unknown key '{key}'{nearest(path[-1], _fields_at(kind, first['loc'][:-1]))}"
+        return f"Unknown key '{key}'{nearest(parts[-1], list(parent.model_fields))}"
     if first["type"] == "missing":
         return f"'{key}' is missing."
     cause = first.get("ctx", {}).get("error")
@@ -71,18 +71,24 @@ def _sentence(error: ValidationError, kind: type[Node], where: str) -> str:
     return f"'{key}': {message[0].lower()}{message[1:]}{got}{end}"
 
 
-def _fields_at(kind: type[Node], path: tuple[Any, ...]) -> list[str]:
-    """Field names of the node at `path` below `kind`, as far as the static types say."""
-    current: Any = kind
+def _walk(kind: type[BaseModel], path: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The keys that a person wrote on `path` (pydantic adds the tag of a chosen union member), and the node that holds the last."""
+    keys, node, choices = [], kind, [kind]
     for part in path:
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            continue  # a union's tag, or an index
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        nodes = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        tagged = [n for n in nodes if path[-1] in _tags(n)]
-        current = (tagged or nodes or [current])[0]
-    return list(getattr(current, "model_fields", {}))
+        tagged = [choice for choice in choices if part in _tags(choice)]
+        if len(choices) > 1 and tagged:
+            node, choices = tagged[0], tagged
+            continue
+        keys.append(str(part))
+        node = choices[0] if choices else node
+        field = node.model_fields.get(part) if choices else None
+        choices = _nodes(field.annotation) if field else []
+    return keys, node
+
+
+def _nodes(annotation: Any) -> list[type[BaseModel]]:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return [each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)]
 
 
 def _tags(node: type[BaseModel]) -> tuple[Any, ...]:

@@ -65,9 +65,11 @@ def main() -> None:
         keep.write_text("".join(f"{n}=={v}\n" for n, v in kept.items()))
         print(f"Resolving {len(wanted)} requirements for Python {OLDEST}, {len(kept)} packages kept (a minute) …", flush=True)
         subprocess.run([sys.executable, "-m", "venv", pip], check=True)
-        command = [pip / "bin/python", "-m", "pip", "--disable-pip-version-check", "-qq", "install", "--dry-run", "--report", report]
+        command = [pip / "bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off", "--dry-run", "--report", report]
         command += ["--ignore-installed", "--target", Path(scratch, "target"), "--only-binary=:all:", "--python-version", OLDEST]
-        if subprocess.run([*command, "-c", keep, *wanted]).returncode:
+        resolved = subprocess.run([*command, "-c", keep, *wanted], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if resolved.returncode:
+            print("\n".join(resolved.stdout.splitlines()[-20:]), file=sys.stderr)
             sys.exit("lock: no set of versions fits; let the packages that disagree move: make lock UPGRADE='NAME NAME' (or UPGRADE=all).")
         found = {canonical(i["metadata"]["name"]): i["metadata"]["version"].split("+")[0] for i in json.loads(report.read_text())["install"]}
     found = {n: v for n, v in found.items() if not CUDA.match(n)} | alone

@@ -85,17 +85,21 @@ def write_stamp(venv: Path, wanted: dict[str, str], state: str) -> None:
 
 
 class Phases:
-    """One line a phase, with the seconds it took; on a terminal the seconds count up."""
+    """One line a phase, with the seconds it took (on a terminal they count up); what the command says is kept, its end shown on failure."""
 
-    def __init__(self, total: int):
-        self.total, self.n = total, 0
+    def __init__(self, total: int, log: Path):
+        self.total, self.n, self.log = total, 0, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
 
     def run(self, what: str, command: list, failure: str) -> None:
         self.n += 1
         line = f"[{self.n}/{self.total}] {what} "
         print(line, end="", flush=True)
         start, live = time.monotonic(), sys.stdout.isatty()
-        child = subprocess.Popen([str(c) for c in command], stdin=subprocess.DEVNULL, cwd=ROOT)
+        offset = self.log.stat().st_size
+        with self.log.open("a") as log:
+            child = subprocess.Popen([str(c) for c in command], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
         try:
             while True:
                 try:
@@ -112,19 +116,19 @@ class Phases:
             raise
         print(f"{chr(13) + line if live else ''}… {time.monotonic() - start:.0f} s", flush=True)
         if code:
-            raise SetupError(failure)
+            said = self.log.read_bytes()[offset:].decode(errors="replace").splitlines()
+            print("\n".join(said[-15:]), file=sys.stderr)
+            raise SetupError(f"{failure} (all it said: {self.log.relative_to(ROOT)})")
 
 
 def install(venv: Path, lock: Path, extras: str, action: str, wanted: dict[str, str]) -> None:
     torch = pinned(lock, "torch")
     count = sum(1 for line in lock.read_text().splitlines() if "==" in line and not line.startswith("#"))
-    log = ROOT / ".cache" / "setup-pip.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.unlink(missing_ok=True)
-    pip = [venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--no-input", "-qq", "--log", log]
-    failed = f"pip could not finish (its words are above and in {log.relative_to(ROOT)}): mend that and run the same command again."
+    pip = [venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    add = [*pip, "install", "--progress-bar", "off"]
+    failed = "pip could not finish: mend what it says above and run the same command again."
 
-    phases = Phases(4 if action != "update" else 3)
+    phases = Phases(4 if action != "update" else 3, ROOT / ".cache" / f"setup-{venv.name}.log")
     if action == "recreate":
         shutil.rmtree(venv)
     venv.mkdir(parents=True, exist_ok=True)
@@ -138,14 +142,14 @@ def install(venv: Path, lock: Path, extras: str, action: str, wanted: dict[str, 
     elif subprocess.run([*pip, "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
         subprocess.run([venv / "bin" / "python", "-m", "ensurepip"], stdout=subprocess.DEVNULL)  # an environment made without pip
     phases.run(
-        f"torch {torch} (half a minute to minutes: 0.2 GB for processors, gigabytes with CUDA)", [*pip, "install", f"torch=={torch}"], failed
+        f"torch {torch} (half a minute to minutes: 0.2 GB for processors, gigabytes with CUDA)", [*add, f"torch=={torch}"], failed
     )
     phases.run(
         f"longcat_lab[{extras}] and what it needs, at most {count} packages at the versions of {lock.name} (1 to 4 minutes)",
-        [*pip, "install", "--no-build-isolation", "--constraint", lock, "--editable", f"{ROOT}[{extras}]"],
+        [*add, "--no-build-isolation", "--constraint", lock, "--editable", f"{ROOT}[{extras}]"],
         failed,
     )
-    phases.run("checking that the installed packages fit together", [*pip, "check"], f"The installed packages disagree: {venv}/bin/pip check")
+    phases.run("checking that the installed packages fit together", [*pip, "check"], "The installed packages disagree.")
     write_stamp(venv, wanted, "ready")
 
 

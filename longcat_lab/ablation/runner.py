@@ -238,7 +238,7 @@ class _Driver:
 
     def _settle(self, job: Job, handle: executors.Handle, code: int) -> None:
         """Take over how a job ended; what it could not say itself is said here."""
-        run = store.read_run(job.folder)
+        run = read_json(job.folder / "run.json")
         if code == executors.BUSY:
             self.rows[job] |= {"status": "failed", "reason": f"another process ({store.said_holder(job.folder)}) still uses its folder"}
         elif run is not None and run.get("status") in store.DONE and not (job.folder / "planned.json").exists():

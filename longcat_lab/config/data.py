@@ -72,8 +72,8 @@ class DataConfig(Node):
     """Text, how much of it, and the batches made of it. The vocabulary size belongs to the model (`model.vocab_size`)."""
 
     source: Source = Field(PythonPackages(), description="Where the text comes from.")
-    sequence_length: int = Field(512, ge=1, description="Tokens per training sequence.")
-    batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, over all cards together.")
+    sequence_length: int = Field(256, ge=1, description="Tokens per training sequence.")
+    batch_size: int = Field(8, ge=1, description="Sequences per optimizer step, over all cards together.")
     train_bytes: int = Field(16_000_000, ge=1, description="Most bytes of text to train on.")
     validation_bytes: int = Field(1_000_000, ge=1, description="Most bytes of text to validate on.")
     out_of_distribution_bytes: int = Field(

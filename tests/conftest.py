@@ -1,0 +1,24 @@
+"""Shared by all tests: one thread, one cache of prepared text for the session, seeded random numbers."""
+
+import os
+import zlib
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory):
+    """Text is prepared once a session (and once for all workers when the environment names a cache)."""
+    if "LONGCAT_LAB_CACHE" not in os.environ:
+        os.environ["LONGCAT_LAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return os.environ["LONGCAT_LAB_CACHE"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_numbers(request):
+    """Each test has its own random inputs, the same ones each time it runs."""
+    import torch
+
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
