@@ -129,10 +129,12 @@ def install(venv: Path, lock: Path, extras: str, action: str, wanted: dict[str, 
     failed = "pip could not finish: mend what it says above and run the same command again."
 
     phases = Phases(4 if action != "update" else 3, ROOT / ".cache" / f"setup-{venv.name}.log")
-    if action == "recreate":
-        shutil.rmtree(venv)
     venv.mkdir(parents=True, exist_ok=True)
-    write_stamp(venv, wanted, "installing")
+    write_stamp(venv, wanted, "installing")  # first, so that an interruption from here on is seen
+    if action == "recreate":
+        for old in venv.iterdir():
+            if old.name != STAMP:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     if action != "update":
         phases.run(
             f"virtual environment with Python {sys.version.split()[0]} (seconds)",
@@ -180,7 +182,7 @@ def main() -> int:
         if action == "ready":
             return 0
         shown = os.path.relpath(venv)
-        print({"create": f"Making {shown}.", "recreate": f"Making {shown} anew: {why}.", "update": f"Updating {shown}: {why}."}[action])
+        print({"create": f"Making {shown}.", "recreate": f"Making {shown} anew: {why}.", "update": f"Updating {shown}: {why}."}[action], flush=True)
         start = time.monotonic()
         install(venv, lock, args.extras, action, wanted)
         print(f"{shown} is ready after {time.monotonic() - start:.0f} s.", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+# What the template still writes for libraries that it would fetch: empty addresses, and settings for MathJax and mermaid.
+REMAINS = re.compile(r"""<script src="">\s*</script>|<script type="(?:text/x-mathjax-config|module)">(?:(?!</script>).)*</script>""", re.DOTALL)
 
 
 def render(folder: str | Path, notebook: str | Path | None = None) -> Path:
@@ -65,6 +68,7 @@ def to_html(notebook: NotebookNode) -> str:
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = exporter.mermaid_js_url = ""
     exporter.widget_renderer_url = exporter.jupyter_widgets_base_url = ""
     page, _ = exporter.from_notebook_node(notebook)
+    page = REMAINS.sub("", page)
     if figures:
         from plotly.offline import get_plotlyjs
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
+from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from longcat_lab.errors import LabError
@@ -18,7 +20,9 @@ WEIGHTS = "model.safetensors"
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Parameters and persistent buffers of `model` as one safetensors file."""
-    write_whole(path, lambda temporary: save_model(model, str(temporary)))
+    # Serialised in memory: the writers of both libraries hide the operating system's error (a full disk) in one of their own.
+    content = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()})
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -36,7 +40,9 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     def write(temporary: Path) -> None:
         save_weights(model, temporary / WEIGHTS)
         rest = {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "buffers": _transient(model)}
-        torch.save(rest, temporary / "optimizer.pt")
+        content = io.BytesIO()
+        torch.save(rest, content)
+        (temporary / "optimizer.pt").write_bytes(content.getbuffer())
         write_json(temporary / "state.json", {"step": step, **state})
 
     if not path.exists():

@@ -98,7 +98,7 @@ def test_seen_but_small() -> None:
 
 
 def test_correction_can_take_a_verdict_back() -> None:
-    results = table(plain=[2.00, 2.10, 1.95], b=[1.95, 2.02, 1.89], c=[2.01, 2.08, 1.97])
+    results = table(plain=[2.00, 2.10, 1.95], b=[1.96, 2.02, 1.89], c=[2.01, 2.08, 1.97])
     alone, both = judge(results, ablation([("b", "plain")]))[0], judge(results, ablation([("b", "plain"), ("c", "plain")]))[0]
     assert alone.verdict == "seen" and both.verdict == "not resolvable"
     assert both.adjusted_p == pytest.approx(2 * both.contrast.p) and "after Holm over 2 comparisons" in both.sentence
