@@ -1,10 +1,10 @@
 """longcat_lab: a workbench for architecture ablations of LongCat-2.0-class language models.
 
-    import longcat_lab as lab
+import longcat_lab as lab
 
-    cfg = lab.load("nano", "model.embedding.ngram.order=3")
-    lab.budget(cfg)
-    run = lab.fit(cfg)
+cfg = lab.load("nano", "model.embedding.ngram.order=3")
+lab.budget(cfg)
+run = lab.fit(cfg)
 """
 
 from longcat_lab.blocks import Block, BlockConfig, Budget, kinds, register
@@ -12,7 +12,7 @@ from longcat_lab.budget import budget
 from longcat_lab.config import ConfigError, RunConfig, apply, load, presets
 from longcat_lab.errors import LabError
 from longcat_lab.model import LongcatLM, build, generate
-from longcat_lab.training import Run, fit
+from longcat_lab.training import Run, fit, identity
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "build",
     "fit",
     "generate",
+    "identity",
     "kinds",
     "load",
     "presets",

@@ -55,7 +55,9 @@ def validate_node(kind: type[Node], data: Any, where: str = "") -> Any:
 
 
 def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A misspelt key is missing under its own name too: the misspelling is what a person wants to hear of.
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     parts, parent = _walk(kind, first["loc"])
     key = ".".join(([where] if where else []) + parts) or kind.__name__
     if first["type"] == "extra_forbidden":

@@ -24,7 +24,7 @@ ALONE = "npu"  # resolved by nobody but its users: installing it breaks `import 
 CUDA = re.compile(r"nvidia-|cuda-|triton$")
 HEADER = """\
 # The lock: exact versions of every package behind pyproject.toml, all extras, for Python {oldest} and newer.
-# Written by `make lock`; edit pyproject.toml instead. Use: pip install torch=={torch} && pip install -c constraints.txt -e '.[notebook,dev]'
+# Written by `make lock`; edit pyproject.toml instead. To use it: pip install torch=={torch}; pip install -c constraints.txt -e .[notebook]
 # Not listed: the CUDA packages of torch's Linux builds (torch asks for them itself) and what only other systems or newer Pythons need.
 """
 
@@ -44,7 +44,9 @@ def main() -> None:
     arg.add_argument("--torch", help="exact version of torch (default: the locked one)")
     args = arg.parse_args()
     if not OLDEST.startswith("{}.{}.".format(*sys.version_info)):
-        sys.exit(f"lock: this is Python {sys.version.split()[0]}; the lock is made with the oldest one allowed, {OLDEST[:4]}: make lock PYTHON=…")
+        sys.exit(
+            f"lock: this is Python {sys.version.split()[0]}; the lock is made with the oldest allowed: make lock PYTHON=python{OLDEST[:4]}"
+        )
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -63,15 +65,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=build) as scratch:
         keep, report, pip = Path(scratch, "keep.txt"), Path(scratch, "report.json"), Path(scratch, "pip")
         keep.write_text("".join(f"{n}=={v}\n" for n, v in kept.items()))
-        print(f"Resolving {len(wanted)} requirements for Python {OLDEST}, {len(kept)} packages kept (a minute) …", flush=True)
+        print(f"Resolving {len(wanted)} requirements for Python {OLDEST}, {len(kept)} packages kept (minutes) …", flush=True)
         subprocess.run([sys.executable, "-m", "venv", pip], check=True)
-        command = [pip / "bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off", "--dry-run", "--report", report]
-        command += ["--ignore-installed", "--target", Path(scratch, "target"), "--only-binary=:all:", "--python-version", OLDEST]
+        command = [pip / "bin/python", "-m", "pip", "install", "--progress-bar", "off", "--dry-run", "--report", report]
+        command += [
+            "--disable-pip-version-check",
+            "--ignore-installed",
+            "--target",
+            Path(scratch, "target"),
+            "--only-binary=:all:",
+            "--python-version",
+            OLDEST,
+        ]
         resolved = subprocess.run([*command, "-c", keep, *wanted], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if resolved.returncode:
             print("\n".join(resolved.stdout.splitlines()[-20:]), file=sys.stderr)
             sys.exit("lock: no set of versions fits; let the packages that disagree move: make lock UPGRADE='NAME NAME' (or UPGRADE=all).")
-        found = {canonical(i["metadata"]["name"]): i["metadata"]["version"].split("+")[0] for i in json.loads(report.read_text())["install"]}
+        chosen = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+        found = {canonical(m["name"]): m["version"].split("+")[0] for m in chosen}
     found = {n: v for n, v in found.items() if not CUDA.match(n)} | alone
 
     new = build / "constraints.txt"
@@ -79,7 +90,8 @@ def main() -> None:
     print(f"{len(found)} packages; proving them by a clean install:", flush=True)
     names = ",".join(e for e in extras if e != ALONE)
     subprocess.run([sys.executable, ROOT / "tools/setup_env.py", "--venv", venv, "--lock", new, "--extras", names], check=True)
-    frozen = subprocess.run([venv / "bin/python", "-m", "pip", "list", "--format=json", "--exclude-editable"], capture_output=True, check=True)
+    listing = [venv / "bin/python", "-m", "pip", "list", "--format=json", "--exclude-editable"]
+    frozen = subprocess.run(listing, capture_output=True, check=True)
     installed = {canonical(p["name"]): p["version"].split("+")[0] for p in json.loads(frozen.stdout)}
     installed = {n: v for n, v in installed.items() if not CUDA.match(n) and n != "pip"}
     differ = {n for n in installed.keys() | found.keys() if installed.get(n) != found.get(n)} - alone.keys()

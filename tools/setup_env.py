@@ -143,9 +143,7 @@ def install(venv: Path, lock: Path, extras: str, action: str, wanted: dict[str, 
         )
     elif subprocess.run([*pip, "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
         subprocess.run([venv / "bin" / "python", "-m", "ensurepip"], stdout=subprocess.DEVNULL)  # an environment made without pip
-    phases.run(
-        f"torch {torch} (half a minute to minutes: 0.2 GB for processors, gigabytes with CUDA)", [*add, f"torch=={torch}"], failed
-    )
+    phases.run(f"torch {torch} (half a minute to minutes: 0.2 GB for processors, gigabytes with CUDA)", [*add, f"torch=={torch}"], failed)
     phases.run(
         f"longcat_lab[{extras}] and what it needs, at most {count} packages at the versions of {lock.name} (1 to 4 minutes)",
         [*add, "--no-build-isolation", "--constraint", lock, "--editable", f"{ROOT}[{extras}]"],
@@ -182,7 +180,8 @@ def main() -> int:
         if action == "ready":
             return 0
         shown = os.path.relpath(venv)
-        print({"create": f"Making {shown}.", "recreate": f"Making {shown} anew: {why}.", "update": f"Updating {shown}: {why}."}[action], flush=True)
+        told = {"create": f"Making {shown}.", "recreate": f"Making {shown} anew: {why}.", "update": f"Updating {shown}: {why}."}
+        print(told[action], flush=True)
         start = time.monotonic()
         install(venv, lock, args.extras, action, wanted)
         print(f"{shown} is ready after {time.monotonic() - start:.0f} s.", flush=True)

@@ -34,7 +34,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.driver = int(os.environ.get(DRIVER, 0))
         self.reason: str | None = None
-        self.grace = 5.0
+        self.grace = 10.0  # seconds to finish a step and write a checkpoint
         self.manager: Any = None
         self.lock: store.Lock | None = None
         self.process: Any = None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from longcat_lab.ablation import store
 from longcat_lab.ablation.job import one_line
@@ -16,10 +15,11 @@ from longcat_lab.files import write_whole
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # What the template still writes for libraries that it would fetch: empty addresses, and settings for MathJax and mermaid.
-REMAINS = re.compile(r"""<script src="">\s*</script>|<script type="(?:text/x-mathjax-config|module)">(?:(?!</script>).)*</script>""", re.DOTALL)
+REMAINS = re.compile(
+    r"""<script src="">\s*</script>|<script type="(?:text/x-mathjax-config|module)">(?:(?!</script>).)*</script>""", re.DOTALL
+)
 
 
 def render(folder: str | Path, notebook: str | Path | None = None) -> Path:
@@ -62,33 +62,12 @@ def to_html(notebook: NotebookNode) -> str:
     from nbconvert import HTMLExporter
 
     notebook.metadata.pop("widgets", None)
-    figures = sum(_show(output.get("data", {})) for cell in notebook.cells for output in cell.get("outputs", []))
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)  # leaves its text
     exporter = HTMLExporter(template_name="lab", embed_images=True)
     exporter.exclude_input = exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = exporter.mermaid_js_url = ""
     exporter.widget_renderer_url = exporter.jupyter_widgets_base_url = ""
     page, _ = exporter.from_notebook_node(notebook)
-    page = REMAINS.sub("", page)
-    if figures:
-        from plotly.offline import get_plotlyjs
-
-        page = page.replace("</head>", "<script>" + get_plotlyjs().replace("</script", "<\\/script") + "</script></head>", 1)
-    return page
-
-
-def _show(data: dict[str, Any]) -> bool:
-    """Give an output what a page without Jupyter can show. Returns whether it is a plotly figure, which nbconvert drops silently."""
-    data.pop(WIDGET, None)  # leaves its text
-    if PLOTLY not in data:
-        return False
-    from plotly.io import to_html as figure_html
-
-    figure = data[PLOTLY]
-    data["text/html"] = figure_html(
-        json.loads(json.dumps({"data": figure["data"], "layout": figure["layout"]})),
-        config={"responsive": True, "displaylogo": False},
-        full_html=False,
-        include_plotlyjs=False,
-        validate=False,
-    )
-    return True
+    return REMAINS.sub("", page)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOOK = 0.1  # seconds between looks at the jobs
-PATIENCE = 12.0  # seconds that stopped jobs have to save what they can
+PATIENCE = 20.0  # seconds that stopped jobs have to save what they can; more than a job gives its kernel
 
 
 class LabInterrupted(LabError):
@@ -201,9 +201,10 @@ class _Driver:
             while (self.todo or self.running) and not self.stops:
                 while self.todo and len(self.running) < self.slots:
                     self._start(self.todo.popleft())
-                self._look()
+                if self._look():
+                    self._write()
                 time.sleep(LOOK)
-        finally:
+        finally:  # also when the disk is full
             self._stop_all()
 
     def _start(self, job: Job) -> None:
@@ -221,7 +222,8 @@ class _Driver:
             self.cells[job.variant, job.seed].began = time.monotonic()
         self._show(job)
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Take over progress and ends; whether a job has ended."""
         ended = False
         for job, handle in list(self.running.items()):
             code = handle.poll()
@@ -232,9 +234,8 @@ class _Driver:
             del self.running[job]
             self._settle(job, handle, code)
             ended = True
-        if ended:
-            self._write()
         self.display.update()
+        return ended
 
     def _settle(self, job: Job, handle: executors.Handle, code: int) -> None:
         """Take over how a job ended; what it could not say itself is said here."""
@@ -250,7 +251,8 @@ class _Driver:
             said = {"status": "interrupted" if self.stops else "failed", "reason": f"its process {how}; see job.log"}
             self.rows[job] |= said
             if run is not None and run.get("identity") == job.identity:  # else the folder still holds what ran before, untouched
-                write_json(job.folder / "run.json", {**run, **said})
+                with contextlib.suppress(LabError):  # no room on the disk: the table has it
+                    write_json(job.folder / "run.json", {**run, **said})
         self._show(job)
 
     def _stop_all(self) -> None:
@@ -258,6 +260,7 @@ class _Driver:
         if not self.running:
             return
         asked = self.stops
+        self.display.say(f"Stopping: {len(self.running)} running jobs have up to {PATIENCE:.0f} s to save; Ctrl-C again kills them now.")
         for handle in self.running.values():
             handle.stop()
         deadline = time.monotonic() + PATIENCE

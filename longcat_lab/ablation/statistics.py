@@ -25,6 +25,7 @@ class Contrast:
 
     Attributes:
         seeds: the seeds whose pair is complete; `n` of them.
+        differences: of those pairs, in the same order.
         mean, sd: of the paired differences.
         low, high: interval of the mean at `level`.
         p: two-sided; NaN where no test is possible.
@@ -36,6 +37,7 @@ class Contrast:
     than: str
     metric: str
     seeds: tuple[int, ...]
+    differences: tuple[float, ...]
     mean: float
     sd: float
     low: float
@@ -120,7 +122,9 @@ def contrast(results: pd.DataFrame, better: str, than: str, metric: str, level: 
     values = np.array(list(differences.values()), dtype=float)
     mean, sd, low, high, p = paired_t(values, level)
     found = resolvable(len(values), sd, 1 - level)
-    return Contrast(better, than, metric, tuple(differences), mean, sd, low, high, p, found, level, tuple(dropped))
+    return Contrast(
+        better, than, metric, tuple(differences), tuple(differences.values()), mean, sd, low, high, p, found, level, tuple(dropped)
+    )
 
 
 def _arm(results: pd.DataFrame, variant: str, metric: str) -> dict[int, float | str]:
@@ -243,7 +247,7 @@ def _plainly(c: Contrast) -> str:
 
 
 def _vanished(c: Contrast, where: str) -> str:
-    if c.n < 2:
+    if c.n < FEWEST:
         return ""
     differs = f"{c.metric} of {c.better} against {c.than} differs by {signed(c.mean)}, {c.interval}"
     start = f"Where the effect should vanish ({where}), {differs}: "

@@ -42,11 +42,15 @@ def examine() -> list[Finding]:
     device = torch.accelerator.current_accelerator(check_available=True)
     findings.append(Finding("cpu", True, f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads", ""))
     if device is None:
-        findings.append(Finding("accelerator", False, "", "none seen: runs use the CPU in fp32; a CUDA build of torch or torch-npu with CANN adds one"))
+        findings.append(
+            Finding("accelerator", False, "", "none seen: runs use the CPU in fp32; a CUDA build of torch or torch-npu with CANN adds one")
+        )
     else:
         findings.append(Finding("accelerator", True, str(device), ""))
     npu = util.find_spec("torch_npu") is not None
-    findings.append(Finding("npu", npu, "torch_npu is installed", "Ascend machines only: pip install -c constraints.txt -e '.[npu]' beside CANN"))
+    findings.append(
+        Finding("npu", npu, "torch_npu is installed", "Ascend machines only: pip install -c constraints.txt -e '.[npu]' beside CANN")
+    )
     findings += [_package(name, None, "everything") for name in ("pydantic", "tokenizers", "pyarrow", "safetensors", "scipy")]
     findings += [_package(name, "notebook", "sweeps, notebooks and result pages") for name in ("papermill", "jupyterlab", "matplotlib")]
     findings.append(_package("wandb", "wandb", "tracking.wandb"))

@@ -31,9 +31,7 @@ def run(
     """Run every variant and seed of an ablation; running it again does only what is missing."""
     from longcat_lab.ablation import run as run_ablation
 
-    if executor != "local":
-        raise LabError(f"There is no executor '{executor}': the one there is is local.")
-    folder = run_ablation(ablation, out=out, jobs=jobs, overrides=overrides or ())
+    folder = run_ablation(ablation, out=out, jobs=jobs, overrides=overrides or (), executor=executor)
     typer.echo(f"Every job is finished. The result page: longcat-lab report {folder}")
 
 
@@ -92,7 +90,8 @@ def main() -> None:
         app()
     except LabError as error:
         typer.echo(f"longcat-lab: {error}", err=True)
-        sys.exit(getattr(error, "exit_code", 2))
+        # A sweep that was stopped exits as any stopped program does; it has said how to go on.
+        sys.exit(130 if type(error).__name__ == "LabInterrupted" else 2)
     except KeyboardInterrupt:
         typer.echo("longcat-lab: stopped; the same command goes on from here.", err=True)
         sys.exit(130)

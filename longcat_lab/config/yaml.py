@@ -15,9 +15,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes `1e-3` for a string; YAML 1.2, and every person, for a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def _no_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

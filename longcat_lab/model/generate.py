@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def generate(model: torch.nn.Module, tokens: Tensor, count: int, temperature: float = 0.0, seed: int = 0, stop: int | None = None) -> Tensor:
+def generate(
+    model: torch.nn.Module, tokens: Tensor, count: int, temperature: float = 0.0, seed: int = 0, stop: int | None = None
+) -> Tensor:
     """Continues `tokens` by up to `count` tokens. The whole window is computed anew for each token: for a look, not for serving.
 
     Args:

@@ -33,9 +33,7 @@ from longcat_lab.training.trackers import FileTracker, WandbTracker
 DATA_SEED_STRIDE = 1_000_003  # keeps (data.seed, seed) pairs apart in one number
 
 
-def fit(
-    config: RunConfig, path: str | Path | None = None, *, progress: bool = True, stop: Callable[[], bool] | None = None
-) -> Run:
+def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = True, stop: Callable[[], bool] | None = None) -> Run:
     """Trains `config` and returns its run.
 
     A finished run of the same identity in `path` is returned as it is; an unfinished one goes on from its checkpoint.

@@ -95,7 +95,8 @@ if behaviour == "die":
 if behaviour == "stubborn":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 if behaviour in ("wait", "stubborn"):
-    (folder / "progress.json").write_text(json.dumps({"step": 3, "steps": 10, "tokens_per_second": 1234.5, "seconds_left": 7.0, "loss": 2.5}))
+    said = {"step": 3, "steps": 10, "tokens_per_second": 1234.5, "seconds_left": 7.0, "loss": 2.5}
+    (folder / "progress.json").write_text(json.dumps(said))
     (folder / "started").touch()
     try:
         deadline = time.monotonic() + 60

@@ -39,8 +39,14 @@ TWO: dict[str, Any] = {"plain": {}, "b": {"model.kind": "b"}}
         ({"match": [{"quantity": "params", "reference": "plain"}]}, "'match.0.quantity'"),
         ({"match": [{"quantity": "total_params", "reference": "plane"}]}, "match 1 .* names 'plane'"),
         ({"match": [{"quantity": "total_params", "reference": "plain", "free": {"plain": "model.width"}}]}, "holds 'plain' to itself"),
-        ({"match": [{"quantity": "total_params", "reference": "plain", "variants": [], "free": {"b": "model.width"}}]}, "not among its 'variants'"),
-        ({"match": [{"quantity": q, "reference": "plain", "free": {"b": "model.width"}} for q in ("total_params", "active_params")]}, "both move"),
+        (
+            {"match": [{"quantity": "total_params", "reference": "plain", "variants": [], "free": {"b": "model.width"}}]},
+            "not among its 'variants'",
+        ),
+        (
+            {"match": [{"quantity": q, "reference": "plain", "free": {"b": "model.width"}} for q in ("total_params", "active_params")]},
+            "both move",
+        ),
         ({"metric": None}, "'metric'"),
     ],
 )
@@ -106,10 +112,16 @@ def test_coupled_rules_are_met_together() -> None:
 @pytest.mark.parametrize(
     ("rule", "sentence"),
     [
-        ({"free": {"experts": "model.width"}}, r"total_params of 'experts' should be within 1 % of .*nearest is .* at model.width=8 .*% off"),
+        (
+            {"free": {"experts": "model.width"}},
+            r"total_params of 'experts' should be within 1 % of .*nearest is .* at model.width=8 .*% off",
+        ),
         ({}, "'experts' should be .* nothing of it is free"),
         ({"free": {"experts": "model.frozen"}}, "model.frozen does not change total_params of 'experts'"),
-        ({"free": {"experts": "model.kind"}}, "model.kind of 'experts', which is 'plain' there; it must be a setting that holds a whole number"),
+        (
+            {"free": {"experts": "model.kind"}},
+            "model.kind of 'experts', which is 'plain' there; it must be a setting that holds a whole number",
+        ),
         ({"free": {"experts": "model.gone"}}, "model.gone of 'experts', which is None there"),
     ],
 )
@@ -120,7 +132,7 @@ def test_rules_that_cannot_be_met(rule: dict[str, Any], sentence: str) -> None:
 
 
 def test_unknown_override_of_a_variant() -> None:
-    with pytest.raises(LabError, match="Variant 'b': Unknown key 'model.experst', did you mean 'experts'"):
+    with pytest.raises(LabError, match=r"Variant 'b': Unknown key 'model\.experst', did you mean 'experts'"):
         solve(read(question({"plain": {}, "b": {"model.experst": 8}})), FAKE)
 
 
@@ -143,6 +155,25 @@ def test_bisection_finds_what_trying_all_would(start: int, target: float, slope:
     found = nearest_value(total, start, target)
     best = min(abs(total(x) - target) for x in range(step, top + 1, step))  # type: ignore[operator]
     assert found is not None and abs(total(found) - target) == best  # type: ignore[operator]
+
+
+def test_with_the_real_configurations() -> None:
+    """The demo's question in small: n-gram embeddings against as many parameters in experts, at equal FLOPs."""
+    arms = {"plain": {}, "experts": {"model.moe.n_routed_experts": 24}, "ngram": {"model.embedding.ngram": {"order": 3}}}
+    width = "model.ffn.ffn_hidden_size"
+    rules = [
+        {"quantity": "flops_per_token", "reference": "plain", "tolerance": 0.02, "free": {"experts": width, "ngram": width}},
+        {**RULES[1], "free": {"experts": "model.moe.n_routed_experts"}},
+    ]
+    totals = solve(read({**question(arms, match=rules), "base": "tiny"})).totals
+    assert totals["experts"]["total_params"] == pytest.approx(totals["ngram"]["total_params"], rel=0.01)
+    assert totals["experts"]["total_params"] > 2 * totals["plain"]["total_params"]
+    for name in ("experts", "ngram"):
+        assert totals[name]["flops_per_token"] == pytest.approx(totals["plain"]["flops_per_token"], rel=0.02)
+    with pytest.raises(LabError, match=r"Variant 'b': .*n_routed_expert.*did you mean 'n_routed_experts'"):
+        solve(read({**question({"plain": {}, "b": {"model.moe.n_routed_expert": 8}}), "base": "tiny"}))
+    with pytest.raises(LabError, match="did you mean 'nano'"):
+        solve(read({**question({"plain": {}}), "base": "nanno"}))
 
 
 # ---- jobs

@@ -20,7 +20,7 @@ from IPython.display import HTML, display
 assert (Path(sweep_folder) / "ablation.yaml").is_file()
 secret_source = 1
 display(HTML("<b>the claim holds</b>"))
-display({"application/vnd.plotly.v1+json": {"data": [{"type": "scatter", "y": [1, 3, 2]}], "layout": {}}}, raw=True)
+display({"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "the widget's text"}, raw=True)
 """
 
 
@@ -36,9 +36,9 @@ def test_page_is_one_file_that_asks_nothing_of_the_network(sweep: Path, tmp_path
     text = page.read_text()
     assert page == sweep / "report.html" and (sweep / "report.ipynb").is_file()
     assert "<b>the claim holds</b>" in text and "secret_source" not in text
-    assert "Plotly.newPlot" in text and "plotly.js v" in text
+    assert "the widget&#39;s text" in text and "widget-view" not in text
     assert re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?!data:)[^\s>]+", text) == []
-    assert "cdnjs" not in text and "mathjax" not in text.lower().replace("plotly", "")[:300_000]
+    assert "cdnjs" not in text and "<script src=" not in text
     # A report that fails says why and leaves the page that was there.
     with pytest.raises(LabError, match=r"The report of .* failed \(KeyError: 'validation_bpb'\)"):
         render(sweep, write_notebook(tmp_path / "bad.ipynb", 'sweep_folder = ""', "{}['validation_bpb']"))

@@ -23,7 +23,15 @@ def table(**arms: list[float | str | None]) -> pd.DataFrame:
     for variant, values in arms.items():
         for seed, value in enumerate(values):
             status = value if isinstance(value, str) else "finished"
-            rows.append({"variant": variant, "seed": seed, "status": status, "reason": "", "validation_bpb": value if status == "finished" else None})
+            rows.append(
+                {
+                    "variant": variant,
+                    "seed": seed,
+                    "status": status,
+                    "reason": "",
+                    "validation_bpb": value if status == "finished" else None,
+                }
+            )
     frame = pd.DataFrame(rows)
     frame["validation_bpb"] = pd.to_numeric(frame["validation_bpb"])
     return frame
@@ -89,7 +97,9 @@ def test_seen() -> None:
     results = table(plain=[2.00, 2.10, 1.95], ngram=[1.90, 1.99, 1.86])
     [v] = judge(results, ablation([("ngram", "plain")]))
     assert v.verdict == "seen" and v.comparisons == 1
-    assert v.sentence.startswith("ngram is better than plain: validation_bpb differs by -0.1, -0.125 to -0.0752 (95 % interval, n = 3), p = 0.0033")
+    assert v.sentence.startswith(
+        "ngram is better than plain: validation_bpb differs by -0.1, -0.125 to -0.0752 (95 % interval, n = 3), p = 0.0033"
+    )
 
 
 def test_seen_but_small() -> None:
@@ -142,7 +152,7 @@ def test_without_spread_nothing_is_claimed() -> None:
 
 def test_no_claims_from_noise() -> None:
     """A/A: two arms that differ by nothing but noise are called different no more often than the level allows."""
-    rng, question = np.random.default_rng(3), ablation([("b", "plain")], seeds=5)
+    rng, question = np.random.default_rng(3), ablation([("b", "plain")], seeds=5, smallest_effect=10)
     verdicts = [judge(table(plain=list(rng.normal(2, 0.02, 5)), b=list(rng.normal(2, 0.02, 5))), question)[0].verdict for _ in range(400)]
     assert verdicts.count("seen") / 400 < 0.045  # 2.5 % expected: only the claimed direction counts
 

@@ -102,7 +102,7 @@ def test_interrupt_during_preparation(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     question, out = write_question(tmp_path, ARMS), tmp_path / "out"
-    with pytest.raises(LabInterrupted, match="Stopped with 0 of 2 jobs finished .2 planned.; go on with: longcat-lab run") as stopped:
+    with pytest.raises(LabInterrupted, match=r"Stopped with 0 of 2 jobs finished \(2 planned\); go on with: longcat-lab run") as stopped:
         run(question, out, rooms=replace(FAKE, prepare=prepare), console=quiet())
     assert stopped.value.folder == out
     with pytest.raises(LabError, match=r"no results\.parquet"):
@@ -134,7 +134,8 @@ print(sorted(p.name for p in folder.iterdir()))
 
 
 def test_locks_end_with_their_process(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from longcat_lab.ablation.store import Lock; lock = Lock.take(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    code = "import sys, pathlib; from longcat_lab.ablation.store import Lock; lock = Lock.take(pathlib.Path(sys.argv[1]))"
+    code += "; print(1, flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None
     other.stdout.readline()
@@ -192,7 +193,16 @@ def test_terminal_shows_a_table_and_a_log_shows_changes() -> None:
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
     table, log = show(True), show(False)
-    for text in ("data: 3 of 7 files", "120/300", "45.6k", "2.3457", "1 min 11 s", "ValueError: boom", "0 of 42 finished, 1 running, 1 failed", "and 28 more"):
+    for text in (
+        "data: 3 of 7 files",
+        "120/300",
+        "45.6k",
+        "2.3457",
+        "1 min 11 s",
+        "ValueError: boom",
+        "0 of 42 finished, 1 running, 1 failed",
+        "and 28 more",
+    ):
         assert text in table
     assert log == "a/seed-0 failed after 3 s: ValueError: boom\nb/seed-0 running\n"
 
@@ -205,3 +215,32 @@ def test_log_has_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     display.update()
     display.update()
     assert console.file.getvalue() == "0 of 2 finished, 1 running; a/seed-0 5/9 loss 1.5\n"  # type: ignore[attr-defined]
+
+
+def test_disk_that_fills_up_during_a_sweep_stops_it_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+
+    class Endless(Pretend):
+        def poll(self) -> Any:
+            return 0 if self.first or stopped else None
+
+        def submit(self, job: Job) -> Any:
+            handle = Endless(self.act)
+            handle.first = not self.ran
+            self.ran.append(job.name)
+            self.act(job)
+            monkeypatch.setattr("longcat_lab.ablation.store.write_results", full)
+            return handle
+
+        def stop(self, force: bool = False) -> None:
+            stopped.append("force" if force else "asked")
+
+    def full(*arguments: Any) -> None:
+        raise LabError("No space left while writing.")
+
+    question, out = write_question(tmp_path, ARMS), tmp_path / "out"
+    with pytest.raises(LabError, match="No space left"):
+        run(question, out, 2, rooms=FAKE, executor=Endless(finish), console=quiet())
+    assert stopped == ["asked"]
+    monkeypatch.undo()
+    assert list(load_results(out)["status"]) == ["finished", "finished"], "what the jobs wrote themselves is not lost"

@@ -13,7 +13,13 @@ from longcat_lab.config import ConfigError, load
 def problem(tokens=37, hidden=16, n_routed=5, zero=3, topk=3, inner=8, dtype=torch.float64):
     u = torch.randn(tokens, hidden, dtype=dtype)
     slots, weights = route_reference(u, torch.randn(n_routed + zero, hidden, dtype=dtype), torch.zeros(n_routed + zero), topk, 2.0)
-    return u, slots, weights.to(dtype), torch.randn(n_routed, 2 * inner, hidden, dtype=dtype), torch.randn(n_routed, hidden, inner, dtype=dtype)
+    return (
+        u,
+        slots,
+        weights.to(dtype),
+        torch.randn(n_routed, 2 * inner, hidden, dtype=dtype),
+        torch.randn(n_routed, hidden, inner, dtype=dtype),
+    )
 
 
 def test_weights_are_scaled_probabilities_over_all_slots_without_renormalisation():

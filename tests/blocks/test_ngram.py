@@ -91,14 +91,18 @@ def test_fusion_gradient():
     assert gradcheck(lambda t, r, w: fuse_reference(t, r, w, 1.7), leaves)
 
 
-@pytest.mark.parametrize(("normalised", "ratio"), [("true", 1.0), ("false", 5**-0.5)])
-def test_output_rms_at_initialisation_against_the_plain_embedding(normalised, ratio):
+@pytest.mark.parametrize(
+    ("normalised", "table", "ratio"),
+    [("true", 1.0, 1.0), ("true", 0.0, 1.0), ("true", 0.3, 1.0), ("false", 1.0, 5**-0.5), ("false", 0.0, 1 / 5)],
+)
+def test_output_rms_at_initialisation_against_the_plain_embedding(normalised, table, ratio):
     tokens = torch.randint(0, 512, (16, 64))
     settings_ = ("model.hidden_size=128",)
     plain = build(load("tiny", *settings_)).embed_tokens(tokens).square().mean().sqrt()
-    ngram = build(load("tiny", *settings_, "model.embedding.ngram.order=3", f"model.embedding.ngram.normalised_init={normalised}"))
+    node = "model.embedding.ngram"
+    ngram = build(load("tiny", *settings_, f"{node}.order=3", f"{node}.normalised_init={normalised}", f"{node}.table_init_ratio={table}"))
     rms = ngram.embed_tokens(tokens).square().mean().sqrt()
-    assert float(rms / plain) == pytest.approx(ratio, rel=0.05)
+    assert float((rms / plain).detach()) == pytest.approx(ratio, rel=0.05)
 
 
 def test_token_rows_start_equal_with_and_without_tables():

@@ -156,7 +156,9 @@ def test_roles_decide_rate_decay_and_clipping():
     groups = {group["role"]: group for group in optimizer.param_groups}
     assert sum(p.numel() for g in groups.values() for p in g["params"]) == sum(p.numel() for p in model.parameters())
     peak = config.training.optimizer.learning_rate
-    assert {role: group["lr"] / peak for role, group in groups.items()} == pytest.approx({"table": 5, "embedding": 2, "matrix": 1, "vector": 1})
+    assert {role: group["lr"] / peak for role, group in groups.items()} == pytest.approx(
+        {"table": 5, "embedding": 2, "matrix": 1, "vector": 1}
+    )
     assert {role for role, group in groups.items() if group["weight_decay"]} == {"matrix"}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

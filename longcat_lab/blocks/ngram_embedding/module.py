@@ -29,7 +29,8 @@ class NgramEmbedding(Block):
         self.token = token
         self.tables = nn.Parameter(torch.empty(sum(moduli), self.width))
         self.projection = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
-        self.scale = (count + 1) ** 0.5 if config.normalised_init else 1.0
+        # E branches with `ratio` times the token's RMS s: their sum has s * sqrt(1 + E ratio^2), the mean 1 / (E + 1) of it.
+        self.scale = (count + 1) / (1 + count * config.table_init_ratio**2) ** 0.5 if config.normalised_init else 1.0
         weights = [
             [pow(shape.vocab_size, j, m) if j < table // config.splits + 2 else 0 for table, m in enumerate(moduli)]
             for j in range(config.order)
@@ -40,8 +41,8 @@ class NgramEmbedding(Block):
         self.register_buffer("touched", torch.zeros(sum(moduli), dtype=torch.bool), persistent=False)
 
     def initial_std(self) -> dict[str, float]:
-        # Every branch starts with the token embedding's own RMS: sum over `width` products of std * std of the projection.
-        return {"tables": self.token.std, "projection.weight": self.width**-0.5}
+        # A branch is a sum of `width` products, so its RMS is that of the table's entries with this projection.
+        return {"tables": self.config.table_init_ratio * self.token.std, "projection.weight": self.width**-0.5}
 
     def rows(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
         """Rows of `tables` that each token reads, int64 [B, T, E]."""
@@ -51,9 +52,7 @@ class NgramEmbedding(Block):
         rows = self.rows(tokens, document_ids)
         if self.training:
             self.touched[rows.flatten()] = True
-        return fuse_reference(
-            self.token(tokens), nn.functional.embedding(rows, self.tables), self.projection.weight, self.scale
-        )
+        return fuse_reference(self.token(tokens), nn.functional.embedding(rows, self.tables), self.projection.weight, self.scale)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:

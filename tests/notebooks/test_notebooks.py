@@ -1,0 +1,47 @@
+"""Every notebook through papermill at smoke size, and the form that all of them keep."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMOKE = {
+    "00_tour": lambda tmp: {"preset": "tiny", "steps": 20, "run_folder": str(tmp / "tour")},
+    "run": lambda tmp: {"preset": "tiny"},
+    "report": None,  # executed by the sweep's own test, on a real sweep
+}
+
+
+def test_there_are_notebooks_and_each_has_a_smoke_size():
+    assert {path.stem for path in NOTEBOOKS} == set(SMOKE)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_form(path):
+    """A question in the first paragraph, one cell of annotated parameters, no outputs in git, code that parses."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ") and "?" in first.source
+    parameters = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(parameters) == 1
+    assert all("#" in line for line in parameters[0].source.splitlines() if line.strip())
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert "papermill" not in notebook.metadata and "widgets" not in notebook.metadata
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if SMOKE[path.stem]], ids=lambda path: path.stem)
+def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
+    from longcat_lab.ablation.kernel import execute
+
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "executed.ipynb"
+    execute(path, out, SMOKE[path.stem](tmp_path))
+    executed = nbformat.read(out, as_version=4)
+    pictures = [o for cell in executed.cells for o in cell.get("outputs", []) if "<svg" in str(o.get("data", {}).get("text/html", ""))]
+    assert pictures, "a notebook shows at least one static picture"
+    errors = [o for cell in executed.cells for o in cell.get("outputs", []) if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not errors, errors
