@@ -69,8 +69,8 @@ class Page:
         for verdict in self.summary.verdicts:
             parts.append(self._verdict(verdict))
         parts.append(
-            f"<p>{done} of {len(self.results)} jobs finished; arms are paired by seed. Primary metric: {esc(a.metric)}, lower is better; "
-            f"smallest effect that was said to matter: {a.smallest_effect:g}. <b>seen</b>: significant (5 %, Holm) in the claimed direction. "
+            f"<p>{done} of {len(self.results)} jobs finished; arms are paired by seed. "
+            f"Primary metric: {esc(a.metric)}, lower is better; smallest effect that was said to matter: {a.smallest_effect:g}. <b>seen</b>: significant (5 %, Holm) in the claimed direction. "
             "<b>not seen</b>: the interval has no room for an effect that matters. <b>not resolvable</b>: these seeds cannot tell.</p>"
         )
         parts += [f"<p>{esc(note)}</p>" for note in self.summary.notes]
@@ -177,9 +177,9 @@ class Page:
             lines.append(f"The question was edited after answers were there: {change}")
         if self.variants:
             config = load(self.configs[self.variants[0]])
-            tokens = config.training.steps * config.data.batch_size * config.data.sequence_length
+            tokens, model = config.training.steps * config.data.batch_size * config.data.sequence_length, config.model
             lines.append(
-                f"One size ({config.model.hidden_size} wide, {config.model.num_layers} layers), one budget ({tokens:,} tokens), one kind of text "
+                f"One size ({model.hidden_size} wide, {model.num_layers} layers), one budget ({tokens:,} tokens), one kind of text "
                 f"({config.data.source.kind}): nothing here says what happens at another size."
             )
         self._show("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")

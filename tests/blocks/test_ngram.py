@@ -1,5 +1,7 @@
 """N-gram embedding: literal addresses, published moduli, boundaries, scale at initialisation."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,7 +33,7 @@ def by_hand(tokens, documents, vocab, order, splits, moduli):
 def test_published_moduli(vocab, ratio, order, splits, first):
     moduli = table_moduli(vocab, ratio, order, splits)
     assert moduli[0] == first
-    assert [b - a for a, b in zip(moduli, moduli[1:], strict=False)] == [2] * ((order - 1) * splits - 1)
+    assert [b - a for a, b in itertools.pairwise(moduli)] == [2] * ((order - 1) * splits - 1)
 
 
 def test_literal_addresses():
@@ -118,5 +120,5 @@ def test_only_rows_that_were_read_count_as_touched():
 
 
 def test_tables_that_do_not_divide_the_width_are_named():
-    with pytest.raises(ConfigError, match="6 tables .* do not divide hidden_size 32"):
+    with pytest.raises(ConfigError, match=r"6 tables .* do not divide hidden_size 32"):
         load("tiny", "model.embedding.ngram.order=4")

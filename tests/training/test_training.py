@@ -81,7 +81,8 @@ def test_a_stopped_run_goes_on_with_the_same_bits(finished, tmp_path, at):
 def test_kill_minus_9_loses_nothing_before_the_checkpoint(finished, tmp_path):
     """A real process is killed after its first checkpoint; the next one repeats the uninterrupted run bit for bit."""
     folder = tmp_path / "run"
-    code = f"import longcat_lab as lab; lab.fit(lab.load('tiny', '{NGRAM}'), {str(folder)!r}, progress=False, stop=lambda: __import__('time').sleep(0.1))"
+    slowly = "lambda: time.sleep(0.1)"  # None: go on; the pause leaves time to kill it between two checkpoints
+    code = f"import time, longcat_lab as lab; lab.fit(lab.load('tiny', '{NGRAM}'), {str(folder)!r}, progress=False, stop={slowly})"
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoint-*")):
@@ -169,7 +170,7 @@ def test_roles_decide_rate_decay_and_clipping():
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_reason(tmp_path):
-    with pytest.raises(lab.LabError, match="The loss is (nan|inf) at step"):
+    with pytest.raises(lab.LabError, match=r"The loss is (nan|inf) at step"):
         lab.fit(load("tiny", "training.optimizer.learning_rate=1e30", "training.schedule.warmup_steps=0"), tmp_path / "run", progress=False)
     record = read_json(tmp_path / "run/run.json")
     assert record["status"] == "failed" and "learning_rate" in record["reason"]
