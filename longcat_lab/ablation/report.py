@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+HIDDEN = "not-on-the-page"  # tag of cells that say to a notebook's reader what the page says by itself
 # What the template still writes for libraries that it would fetch: empty addresses, and settings for MathJax and mermaid.
 REMAINS = re.compile(
     r"""<script src="">\s*</script>|<script type="(?:text/x-mathjax-config|module)">(?:(?!</script>).)*</script>""", re.DOTALL
@@ -62,6 +63,7 @@ def to_html(notebook: NotebookNode) -> str:
     from nbconvert import HTMLExporter
 
     notebook.metadata.pop("widgets", None)
+    notebook.cells = [cell for cell in notebook.cells if HIDDEN not in cell.metadata.get("tags", [])]
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET, None)  # leaves its text

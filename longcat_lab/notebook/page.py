@@ -18,7 +18,7 @@ MARKS = {"seen": "●", "not seen": "○", "not resolvable": "?"}
 STYLE = """<style>
 .lab-verdict { border-left: 4px solid #808080; padding: .4em .9em; margin: .7em 0; }
 .lab-verdict b { font-size: 1.1em; }
-.lab-seen { border-color: #009E73; } .lab-not-seen { border-color: #D55E00; } .lab-not-resolvable { border-color: #E69F00; }
+.lab-seen { border-color: #009E73; } .lab-not-seen { border-color: #D55E00; } .lab-not-resolvable { border-color: #808080; }
 table.lab { border-collapse: collapse; font-size: .9em; margin: .6em 0; }
 table.lab th, table.lab td { text-align: right; padding: .25em .7em; border-bottom: 1px solid #80808055; vertical-align: top; }
 table.lab th:first-child, table.lab td:first-child { text-align: left; }
@@ -121,6 +121,8 @@ class Page:
         for name in self.variants:
             cost = budget(load(self.configs[name])).loc["total"]
             measured = means.loc[name] if name in means.index else {}
+            rates = [run["timings"].get("tokens_per_second") for (variant, _), run in self.sweep.runs.items() if variant == name]
+            rates = [rate for rate in rates if rate]
             rows.append(
                 {
                     "variant": name,
@@ -129,7 +131,7 @@ class Page:
                     "FLOPs/token": _number(int(cost["FLOPs/token"])),
                     "tokens": _number(int(measured.get("tokens", 0))),
                     "epochs": _number(float(measured.get("epochs", math.nan)), 2),
-                    "tokens/s": _number(float(measured.get("tokens_per_second", math.nan)), 0),
+                    "tokens/s": _number(sum(rates) / len(rates) if rates else None, 0),
                     "seconds": _number(float(measured.get("seconds", math.nan)), 0),
                 }
             )

@@ -86,6 +86,28 @@ def test_a_width_the_grouped_product_cannot_take_falls_back():
     torch.testing.assert_close(experts(u, slots, weights, gate_up, down), experts_reference(u, slots, weights, gate_up, down))
 
 
+def test_fp32_and_bf16_take_the_grouped_product_and_float64_does_not():
+    from longcat_lab.blocks.moe.experts_op import _has_grouped_product
+
+    cpu = torch.device("cpu")
+    assert _has_grouped_product(cpu, torch.float32) and not _has_grouped_product(cpu, torch.float64)
+
+
+def test_under_autocast_the_experts_run_in_bf16_and_the_router_does_not(monkeypatch):
+    shape, seen = load("tiny").model.shape(), []
+    module = load("tiny").model.moe.build(shape)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    monkeypatch.setattr(
+        "longcat_lab.blocks.moe.module.experts", lambda u, *rest: seen.append((u.dtype, rest[1].dtype)) or experts(u, *rest)
+    )
+    x = torch.randn(2, 8, shape.hidden_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    assert seen == [(torch.bfloat16, torch.float32)] and out.dtype == x.dtype
+    torch.testing.assert_close(out, module(x), rtol=0.05, atol=0.05)
+
+
 def test_identity_experts_do_not_make_the_grouped_product_longer(monkeypatch):
     """Rows that reach the product are the real picks, nothing else."""
     rows, product = [], torch.nn.functional.grouped_mm

@@ -131,6 +131,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
     assert whole.metrics["gradient_norm"].iloc[0] == pytest.approx(parts.metrics["gradient_norm"].iloc[0], rel=1e-4)
 
 
+def test_bf16_autocast_trains_to_nearly_the_same_loss(finished, tmp_path):
+    low = lab.fit(load("tiny", NGRAM, "training.precision=bf16"), tmp_path / "low", progress=False)
+    assert low.metrics["loss"].iloc[-1] == pytest.approx(finished.metrics["loss"].iloc[-1], rel=0.02)
+    assert low.metrics["loss"].iloc[-1] != finished.metrics["loss"].iloc[-1]
+    assert {p.dtype for p in low.model.parameters()} == {torch.float32}
+
+
 def test_identity_follows_configuration_and_data_and_not_tracking():
     base = identity(load("tiny"))
     assert base == identity(load("tiny", "tracking.wandb=offline"))

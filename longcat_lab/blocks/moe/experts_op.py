@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +56,18 @@ def experts_grouped(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, 
 def experts(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`experts_reference`, by the grouped product where torch has one for this device and dtype (widths in 16-byte rows)."""
     aligned = all(size * u.element_size() % 16 == 0 for size in (u.shape[-1], down.shape[-1]))
-    supported = u.dtype in (torch.float32, torch.bfloat16) and u.dtype == gate_up.dtype and u.device.type in ("cpu", "cuda")
-    if u.device.type == "cuda" and u.dtype != torch.bfloat16:
-        supported = False  # the CUDA grouped product takes bf16 only
-    return (experts_grouped if aligned and supported else experts_reference)(u, slots, weights, gate_up, down)
+    grouped = aligned and u.dtype == gate_up.dtype and _has_grouped_product(u.device, u.dtype)
+    return (experts_grouped if grouped else experts_reference)(u, slots, weights, gate_up, down)
+
+
+@functools.cache
+def _has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Asked of the device itself: which dtypes it takes differs between backends and releases."""
+    if device.type == "meta":
+        return False
+    try:
+        a, b = torch.zeros(8, 16, device=device, dtype=dtype), torch.zeros(1, 16, 16, device=device, dtype=dtype)
+        F.grouped_mm(a, b, offs=torch.tensor([8], device=device, dtype=torch.int32))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True

@@ -65,4 +65,8 @@ class MoE(Block):
     def forward(self, x: Tensor) -> Tensor:
         u = x.flatten(0, -2)
         slots, weights = self.router(u)
-        return experts(u, slots, weights, self.gate_up_proj.to(u.dtype), self.down_proj.to(u.dtype)).view_as(x)
+        # The grouped product is not on autocast's list, so what autocast does for other products is done here.
+        kind = x.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else u.dtype
+        out = experts(u.to(narrow), slots, weights, self.gate_up_proj.to(narrow), self.down_proj.to(narrow))
+        return out.view_as(x).to(x.dtype)
