@@ -68,11 +68,14 @@ class Page:
         parts = [STYLE, f"<h1>{esc(a.question)}</h1>", f"<p><b>Hypothesis, written before running:</b> {esc(a.hypothesis)}</p>"]
         for verdict in self.summary.verdicts:
             parts.append(self._verdict(verdict))
-        parts.append(
+        matters = f"smallest effect that was said to matter: {a.smallest_effect:g}"
+        parts += [
             f"<p>{done} of {len(self.results)} jobs finished; arms are paired by seed. "
-            f"Primary metric: {esc(a.metric)}, lower is better; smallest effect that was said to matter: {a.smallest_effect:g}. "
-            "<b>seen</b>: significant (5 %, Holm) in the claimed direction. <b>not seen</b>: the interval has no room for an effect that matters. <b>not resolvable</b>: these seeds cannot tell.</p>"
-        )
+            f"Primary metric: {esc(a.metric)}, lower is better; {matters}. ",
+            "<b>seen</b>: significant (5 %, Holm) in the claimed direction. "
+            "<b>not seen</b>: the interval has no room for an effect that matters. "
+            "<b>not resolvable</b>: these seeds cannot tell.</p>",
+        ]
         parts += [f"<p>{esc(note)}</p>" for note in self.summary.notes]
         self._show("\n".join(parts))
 
