@@ -13,7 +13,7 @@ from longcat_lab.blocks.moe.experts_op import experts_grouped, experts_reference
 from longcat_lab.blocks.moe.router_op import route_reference
 from longcat_lab.blocks.ngram_embedding.op import ngram_rows, ngram_rows_reference, table_moduli
 from longcat_lab.blocks.rms_norm.op import rms_norm, rms_norm_reference
-from longcat_lab.blocks.rope.op import rope_angles, rotate, rotate_reference
+from longcat_lab.blocks.rope.op import rope_angles, rotate, rotate_pairs
 
 
 def _backward(call: Callable[[], Tensor]) -> Callable[[], None]:
@@ -90,8 +90,8 @@ def small_ops() -> Iterator[Row]:
     cos, sin = angles.cos().float(), angles.sin().float()
     yield compare(
         "rope",
-        ("real pairs", _backward(lambda: rotate(q, cos, sin))),
-        ("complex reference", _backward(lambda: rotate_reference(q, cos, sin))),
+        ("complex", _backward(lambda: rotate(q, cos, sin))),
+        ("real pairs", _backward(lambda: rotate_pairs(q, cos, sin))),
     )
 
 

@@ -50,21 +50,6 @@ class TextSource(Protocol):
         ...
 
 
-def open_source(config: DataConfig) -> TextSource:
-    """The source that `config.source.kind` names."""
-    if config.source.kind == "files":
-        from longcat_lab.data.files import FileSource
-
-        return FileSource(config.source)
-    if config.source.kind == "huggingface":
-        from longcat_lab.data.huggingface import HuggingFaceSource
-
-        return HuggingFaceSource(config.source)
-    from longcat_lab.data.python_packages import PackageSource
-
-    return PackageSource(config)
-
-
 def byte_caps(config: DataConfig) -> dict[str, int]:
     """Most bytes of text per split."""
     return {TRAIN: config.train_bytes, VALIDATION: config.validation_bytes, OUT_OF_DISTRIBUTION: config.out_of_distribution_bytes}

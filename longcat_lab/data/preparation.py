@@ -33,9 +33,9 @@ from longcat_lab.data.documents import (
     TextSource,
     byte_caps,
     cut,
-    open_source,
     select,
 )
+from longcat_lab.data.sources import open_source
 from longcat_lab.data.tokenizer import SMALLEST_VOCABULARY, token_byte_counts, train_tokenizer
 from longcat_lab.errors import LabError
 

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from longcat_lab.blocks.mla.op import attention, attention_reference, causal_document_mask
 from longcat_lab.blocks.rms_norm.op import rms_norm, rms_norm_reference
-from longcat_lab.blocks.rope.op import rope_angles, rotate, rotate_reference
+from longcat_lab.blocks.rope.op import rope_angles, rotate, rotate_pairs, rotate_reference
 from longcat_lab.blocks.swiglu.op import swiglu_reference
 
 
@@ -33,10 +33,19 @@ def test_rms_norm_gradient():
     assert gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (doubles(3, 6, grad=True), doubles(6, grad=True)))
 
 
-def test_rotation_fast_equals_complex_reference():
+def test_rotation_in_real_numbers_equals_the_complex_reference():
     x, angles = doubles(2, 3, 9, 8), rope_angles(torch.arange(9), 8, 10_000.0)
-    fast, reference = (op(x, angles.cos(), angles.sin()) for op in (rotate, rotate_reference))
-    torch.testing.assert_close(fast, reference, rtol=1e-12, atol=1e-12)
+    reference = rotate_reference(x, angles.cos(), angles.sin())
+    for op in (rotate_pairs, rotate):
+        torch.testing.assert_close(op(x, angles.cos(), angles.sin()), reference, rtol=1e-12, atol=1e-12)
+    low = x.bfloat16()
+    torch.testing.assert_close(rotate(low, angles.cos().bfloat16(), angles.sin().bfloat16()).double(), reference, rtol=0.05, atol=0.05)
+
+
+def test_rotation_gradient():
+    angles = rope_angles(torch.arange(3), 4, 100.0)
+    for op in (rotate_pairs, rotate_reference):
+        assert gradcheck(lambda x, op=op: op(x, angles.cos(), angles.sin()), (doubles(2, 3, 4, grad=True),))
 
 
 def test_rotation_scores_depend_on_the_distance_alone():

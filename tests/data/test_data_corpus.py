@@ -11,8 +11,9 @@ import pytest
 
 from longcat_lab.config.data import DataConfig, PythonPackages
 from longcat_lab.data import TokenSplit, open_corpus, prepare
-from longcat_lab.data.documents import Document, Tally, cut, open_source, select
+from longcat_lab.data.documents import Document, Tally, cut, select
 from longcat_lab.data.python_packages import PackageSource, required_distributions
+from longcat_lab.data.sources import open_source
 from longcat_lab.errors import LabError
 from longcat_lab.node import ConfigError, validate_node
 

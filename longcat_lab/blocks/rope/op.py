@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,24 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate_reference` without complex numbers, which bf16 and several devices lack."""
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate_reference` in real numbers, for dtypes and devices without complex ones."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate_reference` where the device has complex numbers of this precision (they are faster there), else `rotate_pairs`."""
+    return (rotate_reference if _has_complex(x.device, x.dtype) else rotate_pairs)(x, cos, sin)
+
+
+@functools.cache
+def _has_complex(device: torch.device, dtype: torch.dtype) -> bool:
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    try:
+        pair = torch.view_as_complex(torch.ones(1, 2, device=device, dtype=dtype))
+        torch.view_as_real(pair * pair)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
