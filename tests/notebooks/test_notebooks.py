@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = {
-    "00_tour": lambda tmp: {"preset": "tiny", "steps": 20, "run_folder": str(tmp / "tour")},
+    "00_tour": lambda tmp: {"preset": "tiny", "steps": 20, "run_folder": str(tmp / "tour"), "progress": False},
     "run": lambda tmp: {"preset": "tiny"},
     "report": None,  # executed by the sweep's own test, on a real sweep
 }
