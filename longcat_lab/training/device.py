@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -36,6 +37,7 @@ def _has_bf16(device: torch.device) -> bool:
 @contextlib.contextmanager
 def deterministic(threads: int) -> Iterator[None]:
     """Same bits each time: deterministic kernels only, a fixed number of CPU threads; both as before afterwards."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products refuse to be deterministic
     before, filled = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
