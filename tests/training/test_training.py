@@ -158,7 +158,7 @@ def test_roles_decide_rate_decay_and_clipping():
     config = load("tiny", NGRAM, "training.optimizer.table_lr_multiplier=5", "training.optimizer.embedding_lr_multiplier=2")
     model = build(config)
     found = roles(model)
-    assert found["embed_tokens.tables"] == "table" and found["embed_tokens.token.weight"] == "embedding"
+    assert found["embed_tokens.tables"] == "table" and found["embed_tokens.weight"] == "embedding"
     assert found["lm_head.weight"] == "matrix" and found["norm.weight"] == "vector"
     optimizer = make_optimizer(model, config.training.optimizer)
     groups = {group["role"]: group for group in optimizer.param_groups}

@@ -7,7 +7,6 @@ from pydantic import Field
 from longcat_lab.blocks.interface import BlockConfig, Budget, ModelShape, register
 from longcat_lab.blocks.ngram_embedding.module import NgramEmbedding
 from longcat_lab.blocks.ngram_embedding.op import table_moduli
-from longcat_lab.blocks.token_embedding.module import TokenEmbedding
 from longcat_lab.node import ConfigError
 
 
@@ -37,5 +36,6 @@ class NgramEmbeddingConfig(BlockConfig):
         tables = sum(moduli) * (shape.hidden_size // len(moduli))
         return Budget(params=tables) + Budget.of_weights(shape.hidden_size**2)
 
-    def build(self, shape: ModelShape, token: TokenEmbedding) -> NgramEmbedding:
-        return NgramEmbedding(self, shape, token)
+    def build(self, shape: ModelShape, std: float) -> NgramEmbedding:
+        """`std`: RMS that the output starts with."""
+        return NgramEmbedding(self, shape, std)

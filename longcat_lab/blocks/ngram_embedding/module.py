@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from longcat_lab.blocks.interface import Block, ModelShape
+from longcat_lab.blocks.interface import ModelShape
 from longcat_lab.blocks.ngram_embedding.op import fuse_reference, ngram_rows, table_moduli
 from longcat_lab.blocks.token_embedding.module import TokenEmbedding
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from longcat_lab.blocks.ngram_embedding.config import NgramEmbeddingConfig
 
 
-class NgramEmbedding(Block):
+class NgramEmbedding(TokenEmbedding):
     """Mean of the token's embedding and of E = (order - 1) * splits projected hashed tables. [B, T] to [B, T, H].
 
-    All tables lie in one parameter `tables` [sum of rows, H / E], one behind the other.
+    All tables lie in one parameter `tables` [sum of rows, H / E], one behind the other. It is a token embedding with tables, so
+    that the token's rows have the name, and with it the initial values, that they have without tables: arms stay paired.
     """
 
-    roles: ClassVar[dict[str, str]] = {"tables": "table"}
+    roles: ClassVar[dict[str, str]] = {**TokenEmbedding.roles, "tables": "table"}
 
-    def __init__(self, config: NgramEmbeddingConfig, shape: ModelShape, token: TokenEmbedding) -> None:
-        super().__init__()
+    def __init__(self, config: NgramEmbeddingConfig, shape: ModelShape, std: float) -> None:
+        super().__init__(shape.vocab_size, shape.hidden_size, std)
         self.config = config
         moduli = table_moduli(shape.vocab_size, config.vocab_ratio, config.order, config.splits)
         count, self.width = len(moduli), shape.hidden_size // len(moduli)
-        self.token = token
         self.tables = nn.Parameter(torch.empty(sum(moduli), self.width))
         self.projection = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
         # E branches with `ratio` times the token's RMS s: their sum has s * sqrt(1 + E ratio^2), the mean 1 / (E + 1) of it.
@@ -42,7 +42,7 @@ class NgramEmbedding(Block):
 
     def initial_std(self) -> dict[str, float]:
         # A branch is a sum of `width` products, so its RMS is that of the table's entries with this projection.
-        return {"tables": self.config.table_init_ratio * self.token.std, "projection.weight": self.width**-0.5}
+        return {**super().initial_std(), "tables": self.config.table_init_ratio * self.std, "projection.weight": self.width**-0.5}
 
     def rows(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
         """Rows of `tables` that each token reads, int64 [B, T, E]."""
@@ -52,7 +52,8 @@ class NgramEmbedding(Block):
         rows = self.rows(tokens, document_ids)
         if self.training:
             self.touched[rows.flatten()] = True
-        return fuse_reference(self.token(tokens), nn.functional.embedding(rows, self.tables), self.projection.weight, self.scale)
+        read = nn.functional.embedding(rows, self.tables)
+        return fuse_reference(super().forward(tokens), read, self.projection.weight, self.scale)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:

@@ -26,5 +26,5 @@ class TokenEmbeddingConfig(BlockConfig):
         return own + (self.ngram.budget(shape) if self.ngram else Budget())
 
     def build(self, shape: ModelShape) -> nn.Module:
-        own = TokenEmbedding(shape.vocab_size, shape.hidden_size, self.std or shape.initializer_range)
-        return self.ngram.build(shape, own) if self.ngram else own
+        std = self.std or shape.initializer_range
+        return self.ngram.build(shape, std) if self.ngram else TokenEmbedding(shape.vocab_size, shape.hidden_size, std)
