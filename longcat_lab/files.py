@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -37,7 +38,8 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         raise sentence_of(error, f"writing {path}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not to hide what went wrong before
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from longcat_lab.blocks.mla.op import causal_document_mask
 from longcat_lab.config.model import ModelConfig
 from longcat_lab.config.run import RunConfig
+from longcat_lab.errors import LabError
 from longcat_lab.model.initialise import initialise
 
 
@@ -57,12 +58,22 @@ def build(config: RunConfig | ModelConfig, seed: int | None = None) -> LongcatLM
     Args:
         config: a run (whose own seed serves) or a model.
         seed: of the initial weights; 0 where neither says.
+
+    Raises:
+        LabError: it does not fit into memory.
     """
     model_config = config.model if isinstance(config, RunConfig) else config
     if seed is None:
         seed = config.seed if isinstance(config, RunConfig) else 0
     with torch.no_grad():
-        model = LongcatLM(model_config)
+        try:
+            model = LongcatLM(model_config)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "alloc" not in str(error) and "overflow" not in str(error):
+                raise
+            raise LabError(
+                "The model does not fit into this machine's memory: `longcat-lab budget` shows which part to make smaller."
+            ) from None
         if not next(model.parameters()).is_meta:
             initialise(model, model_config.initializer_range, seed)
     return model

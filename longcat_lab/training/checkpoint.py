@@ -30,10 +30,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         load_model(model, str(path))
     except Exception as error:
-        raise LabError(f"{path}: these weights cannot be loaded into this model ({str(error).splitlines()[0]}).") from None
+        why = str(error).splitlines()[0]
+        raise LabError(f"{path}: these weights cannot be loaded into this model ({why}); delete their folder to train anew.") from None
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save(folder: Path, identity: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Writes `folder/checkpoint-STEP` in one step, then removes older ones."""
     path = folder / f"checkpoint-{step:08d}"
 
@@ -43,7 +44,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         content = io.BytesIO()
         torch.save(rest, content)
         (temporary / "optimizer.pt").write_bytes(content.getbuffer())
-        write_json(temporary / "state.json", {"step": step, **state})
+        write_json(temporary / "state.json", {"identity": identity, "step": step, **state})
 
     if not path.exists():
         write_folder(path, write)
@@ -51,21 +52,39 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         shutil.rmtree(older)
 
 
-def load_latest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Puts the newest checkpoint into model and optimizer; its state (`step` and what was saved with it), or None if there is none."""
+def load_latest(folder: Path, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Puts the newest checkpoint into model and optimizer; its state (`step` and what was saved with it), or None if there is none.
+
+    Raises:
+        LabError: it is damaged, or of another run; nothing has been loaded then.
+    """
     found = _all(folder)
     if not found:
         return None
-    load_weights(model, found[-1] / WEIGHTS)
+    latest = found[-1]
+    state = read_json(latest / "state.json")
+    if not isinstance(state, dict) or "identity" not in state:
+        raise LabError(f"{latest}: this checkpoint is damaged (state.json cannot be read); delete it to start the run anew.")
+    if state["identity"] != identity:
+        raise LabError(f"{latest} belongs to another run ({state['identity']}, this one is {identity}): give another folder or delete it.")
     try:
-        rest = torch.load(found[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise LabError(f"{found[-1]}: this checkpoint cannot be read ({error}); delete it to start the run anew.") from None
+        rest = torch.load(latest / "optimizer.pt", weights_only=True, map_location="cpu")
+    except Exception:  # whatever torch finds wrong with it
+        raise LabError(f"{latest}: this checkpoint is damaged (optimizer.pt cannot be read); delete it to start the run anew.") from None
+    load_weights(model, latest / WEIGHTS)
     optimizer.load_state_dict(rest["optimizer"])
     for name, buffer in _transient(model).items():
         buffer.copy_(rest["buffers"][name])
     torch.set_rng_state(rest["random"])
-    return read_json(found[-1] / "state.json")
+    return state
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a killed run was writing; the caller holds the folder's lock."""
+    for path in folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f".{WEIGHTS}.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def remove_all(folder: Path) -> None:

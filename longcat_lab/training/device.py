@@ -17,7 +17,7 @@ def choose(name: str) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # a device that holds no values (meta) cannot train either
     except (RuntimeError, AssertionError, NotImplementedError):
         raise LabError(f"training.device '{name}' cannot be used on this machine: write auto or cpu.") from None
     return device

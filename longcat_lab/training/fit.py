@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from longcat_lab.blocks import Block
 from longcat_lab.budget import totals
 from longcat_lab.config import RunConfig
 from longcat_lab.data import IGNORED, Batch, Loader, prepare
+from longcat_lab.data.batch import window_count
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json, write_whole
 from longcat_lab.model import build
@@ -28,6 +26,7 @@ from longcat_lab.training.evaluation import evaluate, evaluate_all
 from longcat_lab.training.optimizer import clip, make_optimizer, set_learning_rate
 from longcat_lab.training.run import Run
 from longcat_lab.training.schedule import learning_rate_factor
+from longcat_lab.training.sitting import alone_in, finish_the_step
 from longcat_lab.training.trackers import FileTracker, WandbTracker
 
 DATA_SEED_STRIDE = 1_000_003  # keeps (data.seed, seed) pairs apart in one number
@@ -44,18 +43,21 @@ def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = T
         stop: asked after each step; True ends the run there, with a checkpoint and status `interrupted`.
 
     Raises:
-        LabError: the folder holds another run, the loss is not a number any more, the disk is full.
+        LabError: the folder holds another run or another process trains in it, the text is too short, the loss is not a number any
+            more, the disk is full.
         KeyboardInterrupt: as ever, but at the end of the step and after a checkpoint; a second one raises at once.
     """
     identity = provenance.identity(config)
     folder = Path(path) if path is not None else Path("runs/single") / identity
-    before = read_json(folder / "run.json") or {}
-    if before.get("identity", identity) != identity:
-        raise LabError(f"{folder} holds another run ({before['identity']}, this one is {identity}): give another folder or delete it.")
-    if before.get("status") == "finished":
-        return Run(folder)
-    with device.deterministic(config.training.threads):
-        _Session(config, folder, identity, before, progress, stop).run()
+    with alone_in(folder):
+        before = read_json(folder / "run.json")
+        before = before if isinstance(before, dict) else {}
+        if before.get("identity", identity) != identity:
+            raise LabError(f"{folder} holds another run ({before['identity']}, this one is {identity}): give another folder or delete it.")
+        if before.get("status") != "finished":
+            checkpoint.remove_leftovers(folder)
+            with device.deterministic(config.training.threads):
+                _Session(config, folder, identity, before, progress, stop).run()
     return Run(folder)
 
 
@@ -72,7 +74,10 @@ class _Session:
         stop: Callable[[], bool] | None,
     ) -> None:
         self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
+        self.identity = identity
         self.corpus = prepare(config.data, config.model.vocab_size)
+        for split in self.corpus.splits:  # now, and not when training is over
+            window_count(self.corpus.split(split), config.data.sequence_length)
         self.device = device.choose(config.training.device)
         torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
         self.model = build(config).to(self.device).train()
@@ -107,7 +112,7 @@ class _Session:
             write_whole(folder / "uncommitted.diff", lambda path: path.write_text(difference, encoding="utf-8"))
 
     def _resume(self) -> None:
-        state = checkpoint.load_latest(self.folder, self.model, self.optimizer)
+        state = checkpoint.load_latest(self.folder, self.identity, self.model, self.optimizer)
         if state is None:
             batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
             self.initial = {"embedding_rms_initial": self._embedding_rms(batch)}
@@ -229,7 +234,7 @@ class _Session:
 
     def _checkpoint(self) -> None:
         state = {"seconds": self.seconds, "window": self.window, "initial": self.initial, "loader": self.loader.state_dict()}
-        checkpoint.save(self.folder, self.step, self.model, self.optimizer, state)
+        checkpoint.save(self.folder, self.identity, self.step, self.model, self.optimizer, state)
         self.sinks[0].save()
 
     @torch.no_grad()
@@ -268,28 +273,6 @@ class _Session:
             sink.finish()
         self.record = {**self.record, "status": status, "reason": reason, "timings": timings}
         write_json(self.folder / "run.json", self.record)
-
-
-@contextlib.contextmanager
-def finish_the_step() -> Iterator[threading.Event]:
-    """Makes the first keyboard interrupt set the event, so that a run ends between two steps; the second one raises at once.
-
-    A step that is cut in two could not be resumed with the same bits. Outside the main thread interrupts are not ours to take.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _now() -> str:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import platform
 import subprocess
 import sys
+import types
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longcat_lab.blocks import BlockConfig
 from longcat_lab.config import RunConfig
 from longcat_lab.data import prepare
+from longcat_lab.model import LongcatLM
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # Rooms that decide a run's numbers. Reports, tables and widgets may change without making finished runs anew.
@@ -32,6 +36,46 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def blocks_of_ones_own(config: RunConfig) -> str:
+    """Hash of the classes in this model that come from outside the package (a notebook cell, a file); empty if there are none.
+
+    It is taken over the compiled code, because a notebook's classes have no source that Python can find, and follows the
+    functions of the same origin that the classes call by name.
+    """
+    with torch.device("meta"):
+        model = LongcatLM(config.model)
+    nodes = [getattr(config.model, name) for name in type(config.model).model_fields]
+    nodes += [getattr(node, name) for node in nodes if isinstance(node, BlockConfig) for name in type(node).model_fields]
+    used = {type(module) for module in model.modules()} | {type(node) for node in nodes if isinstance(node, BlockConfig)}
+    found = {base for each in used for base in each.__mro__ if _foreign(base.__module__)}
+    digest, seen = hashlib.sha256(), set()
+    for each in sorted(found, key=lambda each: each.__qualname__):
+        for name, value in sorted(vars(each).items()):
+            _hash_code(value, digest, seen) if callable(getattr(value, "__func__", value)) else None
+            if isinstance(value, int | float | str | bool) and not name.startswith("__"):
+                digest.update(f"{each.__qualname__}.{name}={value!r}".encode())
+    return digest.hexdigest()[:16] if found else ""
+
+
+def _foreign(module: str) -> bool:
+    return module.partition(".")[0] not in ("longcat_lab", "torch", "pydantic", "builtins", "typing", "abc", "collections")
+
+
+def _hash_code(value: Any, digest: Any, seen: set[Any]) -> None:
+    function = inspect.unwrap(getattr(value, "__func__", value))
+    if not isinstance(function, types.FunctionType) or function in seen or not _foreign(function.__module__ or ""):
+        return
+    seen.add(function)
+    waiting = [function.__code__]
+    while waiting:
+        code = waiting.pop()
+        constants = [constant for constant in code.co_consts if not isinstance(constant, types.CodeType)]
+        digest.update(repr((code.co_code, code.co_names, code.co_varnames, constants)).encode())
+        waiting += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        for name in code.co_names:
+            _hash_code(function.__globals__.get(name), digest, seen)
+
+
 def identity(config: RunConfig) -> str:
     """Name of a run: hash of its resolved configuration (without tracking), its data, and the code that decides its numbers.
 
@@ -39,7 +83,7 @@ def identity(config: RunConfig) -> str:
     """
     resolved = {key: value for key, value in config.to_dict().items() if key != "tracking"}
     corpus = prepare(config.data, config.model.vocab_size)
-    text = json.dumps([resolved, corpus.hash, code_hash()], sort_keys=True)
+    text = json.dumps([resolved, corpus.hash, code_hash(), blocks_of_ones_own(config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -58,6 +102,7 @@ def uncommitted_changes() -> str:
 
 def provenance(data_hash: str, device: torch.device) -> dict[str, Any]:
     """What run.json keeps so that a number can be traced."""
+    untracked = _git("ls-files", "--others", "--exclude-standard", "--", ".")
     commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".")
     distributions = ("longcat_lab", "torch", "numpy", "tokenizers", "pydantic", "papermill")
     versions = {}
@@ -70,6 +115,7 @@ def provenance(data_hash: str, device: torch.device) -> dict[str, Any]:
     return {
         "commit": commit.strip() if commit else None,
         "dirty": bool(status) if status is not None else None,
+        "untracked": untracked.split("\n")[:-1] if untracked else [],  # not in uncommitted.diff
         "code": code_hash(),
         "data": data_hash,
         "python": platform.python_version(),

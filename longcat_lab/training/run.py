@@ -26,7 +26,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.record: dict[str, Any] = read_json(self.path / "run.json") or {}
-        if not self.record:
+        if not self.record or not isinstance(self.record, dict):
             raise LabError(f"{self.path}: there is no run here (no readable run.json).")
 
     @functools.cached_property
@@ -55,7 +55,9 @@ class Run:
     def model(self) -> LongcatLM:
         """The trained model, on the CPU, in evaluation mode."""
         if not (self.path / WEIGHTS).exists():
-            raise LabError(f"{self.path}: the run has no weights (status '{self.record.get('status')}'): train it to its end.")
+            status = self.record.get("status")
+            fix = "delete its folder and train it with training.keep_model=true" if status == "finished" else "train it to its end"
+            raise LabError(f"{self.path}: the run has no weights (status '{status}'): {fix}.")
         model = build(self.config)
         load_weights(model, self.path / WEIGHTS)
         return model.eval()
