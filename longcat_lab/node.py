@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,7 +12,13 @@ from longcat_lab.errors import LabError
 
 
 class ConfigError(LabError):
-    """A configuration cannot be used; the message names the key, what is wrong with it and what to write instead."""
+    """A configuration cannot be used; the message names the key, what is wrong with it and what to write instead.
+
+    The message stays one line also where it quotes text with line breaks or characters that do not print.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class InnerNodeError(ValueError):
@@ -23,9 +30,9 @@ class InnerNodeError(ValueError):
 
 
 class Node(BaseModel):
-    """One node of a configuration tree. Unknown keys and wrong types are errors, values are immutable."""
+    """One node of a configuration tree. Unknown keys, wrong types, inf and nan are errors, values are immutable."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON types only), from which `validate_node` makes an equal node again."""
@@ -59,7 +66,7 @@ def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> str:
     # A misspelt key is missing under its own name too: the misspelling is what a person wants to hear of.
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     parts, parent = _walk(kind, first["loc"])
-    key = ".".join(([where] if where else []) + parts) or kind.__name__
+    key = ".".join(([where] if where else []) + parts)
     if first["type"] == "extra_forbidden":
         return f"Unknown key '{key}'{nearest(parts[-1], list(parent.model_fields))}"
     if first["type"] == "missing":
@@ -68,9 +75,21 @@ def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> str:
     if isinstance(cause, InnerNodeError):
         return _sentence(cause.error, cause.kind, key)
     message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    got = "" if first["type"] == "value_error" else f", got {_shown(first['input'])}"
     end = "" if (message + got).endswith(("?", ".")) else "."
+    if not key:  # settings of several sections disagree: the message names them itself
+        return f"{message}{got}{end}"
     return f"'{key}': {message[0].lower()}{message[1:]}{got}{end}"
+
+
+def _shown(value: Any) -> str:
+    """What was written, on one line and readable however long or deep it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a very long number"
 
 
 def _walk(kind: type[BaseModel], path: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:

@@ -129,8 +129,8 @@ def _choose(role: str, value: Any) -> Any:
         return value
     found = _KINDS.get(role, {})
     name = value.get("kind", next(iter(found), None))
-    if name not in found:
-        raise ValueError(f"there is no {role} kind '{name}'{nearest(str(name), list(found))}")
+    if not isinstance(name, str) or name not in found:
+        raise ValueError(f"there is no {role} kind {name!r}{nearest(str(name), list(found))}")
     try:
         return found[name].model_validate(value)
     except ValidationError as error:

@@ -20,7 +20,7 @@ from longcat_lab.node import ConfigError, Node, nearest, validate_node
 class RunConfig(Node):
     """Everything that decides a run's numbers (and `tracking`, which does not)."""
 
-    seed: int = Field(0, ge=0, description="paired seed: initial weights and data order both follow it")
+    seed: int = Field(0, ge=0, lt=2**31, description="paired seed: initial weights and data order both follow it")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
@@ -56,9 +56,10 @@ def load(base: str | Path | Mapping[str, Any] | RunConfig, *overrides: str) -> R
     pairs: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = str(text).partition("=")
+        where = f"Override '{text}'" if len(str(text)) <= 100 else f"Override '{str(text)[:100]}...'"
         if not equals or not key.strip():
-            raise ConfigError(f"Override '{text}': write it as dotted.key=value.")
-        pairs[key.strip()] = parse_yaml(value, f"Override '{text}'")
+            raise ConfigError(f"{where}: write it as dotted.key=value.")
+        pairs[key.strip()] = parse_yaml(value, where)
     return apply(base, pairs)
 
 
@@ -66,7 +67,10 @@ def apply(base: str | Path | Mapping[str, Any] | RunConfig, changes: Mapping[str
     """As `load`, with overrides as a mapping from dotted key to a value that has its type already."""
     data = _plain(base)
     for key, value in sorted(changes.items(), key=lambda pair: not pair[0].endswith(".kind")):  # a kind before its settings
-        _set(data, key.split("."), value, key)
+        path = key.split(".")
+        if not all(part.strip() for part in path):
+            raise ConfigError(f"'{key}': the dotted key has an empty part; write names with one dot between them, as in model.num_layers.")
+        _set(data, path, value, key)
     return validate_node(RunConfig, data)
 
 
@@ -95,7 +99,7 @@ def _set(data: dict[str, Any], path: list[str], value: Any, key: str) -> None:
         if not isinstance(node[part], dict):
             raise ConfigError(f"'{key}': '{part}' is a value, not a node with keys below it.")
         node = node[part]
-    if path[-1] == "kind" and value in _kinds_at(path[:-1]):
+    if path[-1] == "kind" and isinstance(value, str) and value in _kinds_at(path[:-1]):
         for stale in [name for name in node if name not in _kinds_at(path[:-1])[value].model_fields]:
             del node[stale]
     node[path[-1]] = _copy(value)

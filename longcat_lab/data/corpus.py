@@ -114,6 +114,10 @@ def open_corpus(folder: Path) -> Corpus:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         sizes = manifest["files"]
+    except PermissionError as error:
+        raise LabError(
+            f"The prepared corpus {folder} cannot be read ({error.strerror}); make it readable, or use another cache."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError):
         raise LabError(f"The prepared corpus {folder} has no readable {MANIFEST}; delete that folder, and it is prepared again.") from None
     for name, size in sizes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -25,13 +26,16 @@ class FileSource:
         # None: `select` takes validation out of it.
         named = {OUT_OF_DISTRIBUTION: source.out_of_distribution_path, VALIDATION: source.validation_path, None: source.path}
         keys = {OUT_OF_DISTRIBUTION: "out_of_distribution_path", VALIDATION: "validation_path", None: "path"}
-        self.roots = {split: Path(path).expanduser() for split, path in named.items() if path is not None}
+        self.roots = {split: _root(path, f"data.source.{keys[split]}") for split, path in named.items() if path is not None}
         self.files = {split: find_files(root, f"data.source.{keys[split]}") for split, root in self.roots.items()}
         self.whole = VALIDATION in self.roots
 
     def identity(self) -> dict[str, Any]:
         """Path, size and modification time of every file."""
-        stats = {split or "text": [(str(path), path.stat()) for path in files] for split, files in self.files.items()}
+        try:
+            stats = {split or "text": [(str(path), path.stat()) for path in files] for split, files in self.files.items()}
+        except OSError as error:
+            raise LabError(f"data.source: {_unreadable(error, self.roots[None])}") from error
         return {name: [[path, stat.st_size, stat.st_mtime_ns] for path, stat in listed] for name, listed in stats.items()}
 
     def documents(self, tally: Tally) -> Iterator[Document]:
@@ -69,6 +73,8 @@ class FileSource:
                     continue
                 try:
                     record = json.loads(line)
+                except RecursionError:
+                    raise LabError(f"{path}, line {number} is nested too deeply to be read: correct or remove that line.") from None
                 except ValueError:
                     raise LabError(f"{path}, line {number} is not JSON: correct or remove that line.") from None
                 text = checked_text(record, self.field, f"{path}, line {number}")
@@ -132,8 +138,15 @@ def find_files(root: Path, key: str) -> list[Path]:
     """The readable files at or below `root`, hidden ones left out, in the order of a hash of their path below it.
 
     Raises:
-        LabError: there is nothing at `root`, or nothing with text.
+        LabError: there is nothing at `root`, nothing with text, or something that cannot be read.
     """
+    try:
+        return _find(root, key)
+    except OSError as error:
+        raise LabError(f"{key}: {_unreadable(error, root)}") from error
+
+
+def _find(root: Path, key: str) -> list[Path]:
     kinds = ", ".join(SUFFIXES)
     if not root.exists():
         raise LabError(f"{key}: there is no file or folder '{root}'; give one that holds {kinds} files.")
@@ -141,11 +154,31 @@ def find_files(root: Path, key: str) -> list[Path]:
         if root.suffix not in SUFFIXES:
             raise LabError(f"{key}: '{root}' is not a kind of text that can be read; give one of {kinds}.")
         return [root]
-    below = [(path.relative_to(root), path) for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
-    found = [(sha256(short.as_posix().encode()).digest(), path) for short, path in below if not any(p.startswith(".") for p in short.parts)]
+    found = [(sha256(path.relative_to(root).as_posix().encode()).digest(), path) for path in _below(root)]
     if not found:
         raise LabError(f"{key}: the folder '{root}' holds no text; put {kinds} files there, or name another folder.")
     return [path for _, path in sorted(found)]
+
+
+def _root(path: str, key: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise LabError(f"{key}: '{path}' is below a home folder that is not known; write the whole path.") from None
+
+
+def _unreadable(error: OSError, path: Path) -> str:
+    return f"'{error.filename or path}' cannot be read ({error.strerror or error}); make it readable, or name another file or folder."
+
+
+def _below(root: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:  # a folder that is passed over in silence would be text that is missed by nobody
+        raise error
+
+    for folder, inner, names in os.walk(root, onerror=refuse):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        yield from (path for path in paths if path.suffix in SUFFIXES and path.is_file())
 
 
 def _no_field(field: str, fields: list[str], where: str) -> str:

@@ -70,14 +70,14 @@ def prepare(
     identity = _identity(config, source, vocab_size)
     root = Path(cache or os.environ.get(CACHE_VARIABLE) or Path(".cache", "longcat_lab"))
     folder = root / f"{config.source.kind}-{_digest(_json(identity))[:16]}"
-    if not folder.exists():
-        try:
+    try:
+        if not folder.exists():
             root.mkdir(parents=True, exist_ok=True)
             with _lock(root / f".{folder.name}.lock") as locked:
                 if not folder.exists():
                     _write_in_place(folder, locked, lambda tmp: _build(config, source, identity, vocab_size, tmp, progress or _silent))
-        except OSError as error:  # sources turn their own reading errors into sentences, so this one is about writing
-            raise LabError(_writing_failed(root, error)) from error
+    except OSError as error:  # sources turn their own reading errors into sentences, so this one is about the cache
+        raise LabError(_writing_failed(root, error)) from error
     return open_corpus(folder)
 
 

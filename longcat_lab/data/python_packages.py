@@ -100,6 +100,8 @@ class PackageSource:
         for name in dict.fromkeys(map(canonical, names)):
             if name == STDLIB:
                 continue
+            if not name:
+                raise LabError(f"data.source.{key}: the list has an empty name; remove it, or write the name of an installed package.")
             try:
                 self.distributions[name] = metadata.distribution(name)
             except metadata.PackageNotFoundError:

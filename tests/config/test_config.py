@@ -62,6 +62,27 @@ def test_loading_leaves_its_input_alone():
         ("training.schedule.warmup_steps=20", "schedule.warmup_steps is 20, not below steps 20"),
         ("model.attention.qk_rope_head_dim=7", "qk_rope_head_dim is 7"),
         ("data.seed=[1", "not valid YAML"),
+        ("model.moe.kind=[1]", "'model.moe': there is no moe kind [1]; known here: moe"),
+        ("model.moe.kind={a: 1}", "'model.moe': there is no moe kind {'a': 1}; known here: moe"),
+        ("data.source.kind=[files]", "'data.source': input tag '['files']' found using 'kind' does not match any of the expected tags"),
+        ("seed=2020-13-45", "'seed': input should be a valid integer, got '2020-13-45'."),
+        ("seed=!!int foo", "Override 'seed=!!int foo', line 1, column 1: not valid YAML: this cannot be read as '!!int'."),
+        ("seed=!!bool foo", "line 1, column 1: not valid YAML: this cannot be read as '!!bool'."),
+        ("seed=!!timestamp 2020-13-45", "line 1, column 1: not valid YAML: this cannot be read as '!!timestamp'."),
+        ("seed=!!map foo", "line 1, column 1: not valid YAML: expected a mapping node"),
+        ("seed=" + "[" * 3000, "[...': not valid YAML: it is nested too deeply, take out brackets or indentation."),
+        ("seed=a\0b", r"Override 'seed=a\x00b', line 1, column 2: not valid YAML: the character #x0000 is not allowed, remove it."),
+        ("seed='a\nb", "line 2, column 2: not valid YAML: found unexpected end of stream."),
+        ("mo\ndel=1", r"Unknown key 'mo\ndel', did you mean 'model'?"),
+        ("seed=0x" + "f" * 5000, "'seed': input should be less than 2147483648, got a very long number."),
+        ("seed=2147483648", "'seed': input should be less than 2147483648, got 2147483648."),
+        ("data.seed=2147483648", "'data.seed': input should be less than 2147483648, got 2147483648."),
+        ("model.embedding.ngram.vocab_ratio=.inf", "'model.embedding.ngram.vocab_ratio': input should be a finite number, got inf."),
+        ("training.optimizer.learning_rate=.nan", "'training.optimizer.learning_rate': input should be a finite number, got nan."),
+        ("data.source.package_share=-.inf", "'data.source.package_share': input should be a finite number, got -inf."),
+        ("model..x=1", "'model..x': the dotted key has an empty part; write names with one dot between them"),
+        (".=1", "'.': the dotted key has an empty part"),
+        ("model.=1", "'model.': the dotted key has an empty part"),
     ],
 )
 def test_a_bad_override_gets_one_sentence_that_names_it(override, sentence):
@@ -71,11 +92,24 @@ def test_a_bad_override_gets_one_sentence_that_names_it(override, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_sections_that_disagree_are_named_without_a_prefix():
+    with pytest.raises(ConfigError) as caught:
+        load("tiny", "data.sequence_length=65")
+    assert str(caught.value) == "data.sequence_length 65 is above model.max_position_embeddings 64: make one fit the other."
+
+
+def test_the_largest_seed_is_taken():
+    config = load("tiny", f"seed={2**31 - 1}", f"data.seed={2**31 - 1}")
+    assert config.seed == config.data.seed == 2**31 - 1
+
+
 def test_unknown_presets_and_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match="no preset 'nanoo', did you mean 'nano'"):
         load("nanoo")
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: embedded null byte"):
+        load("a\0.yaml")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +119,10 @@ def test_unknown_presets_and_files_are_named(tmp_path):
         ("- a\n- b\n", "expected 'key: value' lines, found list"),
         ("seed: 1\nseed: 2\n", "the key 'seed' is there twice"),
         ("seed: !!python/object/apply:os.system [true]\n", "not valid YAML"),
+        ("seed: 2020-13-45\n", "'seed': input should be a valid integer, got '2020-13-45'."),
+        ("model: {}\nseed: !!int foo\n", "line 2, column 7: not valid YAML: this cannot be read as '!!int'."),
+        ("seed: " + "[" * 3000, "not valid YAML: it is nested too deeply"),
+        ("model: {}\nseed: 1\0\n", "line 2, column 8: not valid YAML: the character #x0000 is not allowed, remove it."),
     ],
 )
 def test_malformed_yaml_is_named_and_never_executed(tmp_path, text, sentence):
@@ -92,7 +130,9 @@ def test_malformed_yaml_is_named_and_never_executed(tmp_path, text, sentence):
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         load(path)
-    assert sentence in str(caught.value) and str(path) in str(caught.value)
+    assert sentence in str(caught.value)
+    assert str(path) in str(caught.value) or sentence.startswith("'")  # a setting of the wrong type is named by its key
+    assert "\n" not in str(caught.value)
 
 
 def test_yaml_reads_numbers_as_numbers(tmp_path):
@@ -101,6 +141,14 @@ def test_yaml_reads_numbers_as_numbers(tmp_path):
     assert read_yaml(path) == {"a": 0.001, "b": 25000.0, "c": 300000, "d": 1000.0}
     path.write_text(write_yaml({"x": {"y": 1e-16}}))
     assert read_yaml(path) == {"x": {"y": 1e-16}}
+
+
+def test_dates_stay_text(tmp_path):
+    path = tmp_path / "dates.yaml"
+    path.write_text("a: 2020-01-02\nb: 2020-01-02 10:00:00\nc: [2020-1-2]\n")
+    assert read_yaml(path) == {"a": "2020-01-02", "b": "2020-01-02 10:00:00", "c": ["2020-1-2"]}
+    path.write_text(write_yaml({"a": "2020-01-02"}))
+    assert read_yaml(path) == {"a": "2020-01-02"}
 
 
 def test_configurations_cannot_be_changed_in_place():

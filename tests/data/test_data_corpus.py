@@ -183,6 +183,11 @@ def test_package_mistakes_are_sentences(tmp_path):
     missing = DataConfig(source=PythonPackages(validation=["no-such-package"]))
     with pytest.raises(LabError, match=r"data\.source\.validation: the package 'no-such-package' is not installed; install it"):
         prepare(missing, 512, tmp_path)
+    for key in ("packages", "validation", "out_of_distribution"):
+        with pytest.raises(
+            LabError, match=rf"^data\.source\.{key}: the list has an empty name; remove it, or write the name of an installed"
+        ):
+            prepare(DataConfig(source=PythonPackages(**{key: [""]})), 512, tmp_path)
     everything = DataConfig(source=PythonPackages(packages=["networkx"]))
     with pytest.raises(LabError, match="every package named there is held out"):
         prepare(everything, 512, tmp_path)

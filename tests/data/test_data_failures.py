@@ -82,6 +82,24 @@ def test_a_cache_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(LabError, match=r"cannot be written to .*; set LONGCAT_LAB_CACHE to a folder that can be written"):
         prepare(config(), 512, tmp_path / "file")
+    with pytest.raises(LabError, match=r"cannot be written to .*; set LONGCAT_LAB_CACHE"):
+        prepare(config(), 512, tmp_path / "file" / "below")
+    with pytest.raises(LabError, match=r"cannot be written to .* File name too long.*; set LONGCAT_LAB_CACHE"):
+        prepare(config(), 512, tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("refused", ["exists", "read_text"])
+def test_a_cache_without_the_right_to_read(corpus, config, cache, monkeypatch, refused):
+    real = getattr(Path, refused)
+
+    def denied(path, *arguments, **named):
+        if path.is_relative_to(cache):  # root, who may run this, is refused nothing by the rights of a folder
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, refused, denied)
+    with pytest.raises(LabError, match=r"^The (prepared )?corpus .*cannot be (read|written).*Permission denied.*; (make|set) .*\.$"):
+        prepare(config(), 512, cache)
 
 
 def test_a_killed_process_leaves_nothing_that_counts(corpus, config, tmp_path):

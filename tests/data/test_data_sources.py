@@ -1,13 +1,17 @@
 """Local files and datasets behind the same interface, and one sentence for each bad input."""
 
+import contextlib
 import itertools
 import json
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from longcat_lab.config.data import DataConfig, Files, HuggingFace
 from longcat_lab.data import prepare
-from longcat_lab.data.files import PIECE, pieces
+from longcat_lab.data.files import PIECE, FileSource, find_files, pieces
 from longcat_lab.errors import LabError
 
 TEXTS = [f"Document {i}: " + " ".join(str(i * j % 97) for j in range(50)) + " ünï\n" for i in range(60)]
@@ -113,6 +117,10 @@ def test_a_book_in_one_file_gives_both_splits(tmp_path):
         ({"a.jsonl": '{"text": "x"}\n{"text": "y'}, r"a\.jsonl, line 2 is not JSON: correct or remove that line"),
         ({"a.jsonl": '{"content": "x"}\n'}, r"a\.jsonl, line 1 has no field 'text' \(it has: content\): set data\.source\.text_field"),
         ({"a.jsonl": '{"text": 3}\n'}, r"line 1: 'text' holds int, not text"),
+        (
+            {"a.jsonl": '{"text": "x"}\n' + "[" * 100_000},
+            r"a\.jsonl, line 2 is nested too deeply to be read: correct or remove that line\.",
+        ),
         ({"a.jsonl": "[1]\n"}, r"line 1 has no field 'text' \(it has no fields\)"),
     ],
 )
@@ -137,6 +145,67 @@ def test_bad_paths(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(LabError, match=r"data\.source\.validation_path: there is no"):
         take(tmp_path / "a.txt", tmp_path / "c", validation_path=str(tmp_path / "none"))
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """The folder as a person meets it who may not read it. Rights do not hold root back, so root becomes another user meanwhile."""
+    root = os.geteuid() == 0
+    folder.chmod(0)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def public():
+    """A folder that every user may enter; those of `tmp_path` are private."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights of another kind")
+def test_folders_without_the_right_to_read(public):
+    inner = public / "text" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "x.txt").write_text("text")
+    (public / "text" / "y.txt").write_text("text")
+    assert len(find_files(public / "text", "key")) == 2
+    cannot = r"cannot be read \(Permission denied\); make it readable, or name another file or folder\."
+    with locked(public / "text"):
+        with pytest.raises(LabError, match=rf"^data\.source\.path: '{public}/text' {cannot}$"):
+            find_files(public / "text", "data.source.path")
+        with pytest.raises(LabError, match=rf"^data\.source\.path: '{public}/text/y\.txt' {cannot}$"):
+            find_files(public / "text" / "y.txt", "data.source.path")
+    with locked(inner), pytest.raises(LabError, match=rf"^key: '{inner}' {cannot}$"):
+        find_files(public / "text", "key")
+    inner.rename(public / "text" / ".inner")
+    with locked(public / "text" / ".inner"):  # hidden, so that nobody asked for it
+        assert find_files(public / "text", "key") == [public / "text" / "y.txt"]
+
+
+def test_paths_that_the_system_refuses(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LabError, match=r"data\.source\.path: there is no file or folder '.*/file/x\.txt'"):
+        take(tmp_path / "file" / "x.txt", tmp_path / "c")
+    with pytest.raises(LabError, match=r"data\.source\.path: .* cannot be read \(File name too long\); make it readable"):
+        take(tmp_path / ("x" * 300), tmp_path / "c")
+    with pytest.raises(LabError, match=r"data\.source\.path: '~no-such-person/x' is below a home folder that is not known"):
+        take("~no-such-person/x", tmp_path / "c")
+
+
+def test_a_file_that_vanishes_before_it_is_asked_about(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    source = FileSource(Files(path=str(tmp_path)))
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(LabError, match=r"data\.source: '.*a\.txt' cannot be read \(No such file or directory\)"):
+        source.identity()
 
 
 def test_half_a_surrogate_pair_is_skipped(tmp_path):
