@@ -17,7 +17,9 @@ class NgramEmbeddingConfig(BlockConfig):
     kind: Literal["ngram_embedding"] = "ngram_embedding"
     order: int = Field(3, ge=2, description="longest n-gram, in tokens; orders 2 to this one have tables")
     splits: int = Field(2, ge=1, description="hash tables for each order")
-    vocab_ratio: float = Field(12.567, gt=0, le=1000, description="rows of a table as a multiple of vocab_size; keep away from simple fractions")
+    vocab_ratio: float = Field(
+        12.567, gt=0, le=1000, description="rows of a table as a multiple of vocab_size; keep away from simple fractions"
+    )
     table_init_ratio: float = Field(
         1.0, ge=0, description="RMS of each table's branch over that of the token's, at initialisation; 0 starts with empty tables"
     )
