@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from longcat_lab.ablation.executor import Executor, Handle, LocalExecutor
     from longcat_lab.ablation.jobs import Job, plan
     from longcat_lab.ablation.match import Solution, solve
+    from longcat_lab.ablation.outcome import JobsFailed, LabInterrupted
     from longcat_lab.ablation.report import render
     from longcat_lab.ablation.rooms import Rooms
-    from longcat_lab.ablation.runner import JobsFailed, LabInterrupted, run
+    from longcat_lab.ablation.runner import run
     from longcat_lab.ablation.spec import Ablation, Claim, Match, Vanishes, read
     from longcat_lab.ablation.statistics import Contrast, Summary, Verdict, contrast, judge, noise, summary
     from longcat_lab.ablation.store import Sweep, load_results, read_sweep
@@ -26,7 +27,8 @@ _HOME = {
     "rooms": ("Rooms",),
     "store": ("Sweep", "load_results", "read_sweep"),
     "executor": ("Executor", "Handle", "LocalExecutor"),
-    "runner": ("JobsFailed", "LabInterrupted", "run"),
+    "outcome": ("JobsFailed", "LabInterrupted"),
+    "runner": ("run",),
     "statistics": ("Contrast", "Summary", "Verdict", "contrast", "judge", "noise", "summary"),
     "report": ("render",),
 }

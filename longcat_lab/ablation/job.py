@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import store
+from longcat_lab.ablation import store, superseded
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json
 
@@ -83,11 +83,17 @@ def one_line(text: str, length: int = 300) -> str:
 
 
 def _begin(folder: Path) -> dict[str, Any]:
-    """run.json of the job that starts now. A record in planned.json replaces what another configuration left in the folder."""
+    """run.json of the job that starts now. A record in planned.json replaces what another configuration left in the folder.
+
+    What had finished is set aside first; what had not is cleared.
+    """
     fresh = read_json(folder / "planned.json")
     if fresh is not None:
+        stay, old = (store.LOCK, "planned.json", "job.log"), read_json(folder / "run.json") or {}
+        if old.get("status") == "finished" and old.get("identity"):
+            superseded.set_aside(folder, old["identity"], stay)
         for entry in folder.iterdir():
-            if entry.name in (store.LOCK, "planned.json", "job.log"):
+            if entry.name in stay:
                 continue
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         write_json(folder / "run.json", fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from longcat_lab.ablation.match import Solution
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.spec import Ablation
 from longcat_lab.errors import LabError
+from longcat_lab.node import nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,19 @@ def plan(ablation: Ablation, solution: Solution, folder: Path, notebook: Path, r
         home, identity = store.job_folder(folder, variant, seed), rooms.identity(config)
         jobs.append(Job(ablation.name, variant, seed, config, identity, solution.totals[variant], home, notebook))
     return jobs
+
+
+def unmeasured(ablation: Ablation, job: Job, measured: Collection[str]) -> str | None:
+    """The sentence for the first metric of the question that a finished job does not have among `measured`, or None."""
+    wanted = [("metric", ablation.metric), *(("also", name) for name in ablation.also)]
+    if ablation.vanishes:
+        wanted.append(("vanishes.metric", ablation.vanishes.metric))
+    known = [name for name in measured if name not in ("variant", "seed", "status", "reason", "identity")]
+    for place, name in wanted:
+        if name not in known:
+            hint = nearest(name, known)
+            return f"'{place}' names '{name}', which {job.name} has finished without{hint}{'' if hint.endswith('?') else '.'}"
+    return None
 
 
 def find_notebook(ablation: Ablation, question: str | Path | None = None) -> Path:

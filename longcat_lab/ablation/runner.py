@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from longcat_lab.ablation import executor as executors
 from longcat_lab.ablation import jobs as job_plan
-from longcat_lab.ablation import match, spec, store
+from longcat_lab.ablation import match, spec, store, superseded
+from longcat_lab.ablation.hold import held
 from longcat_lab.ablation.jobs import Job
+from longcat_lab.ablation.outcome import JobsFailed, LabInterrupted
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.table import Cell, Display
 from longcat_lab.errors import LabError
@@ -26,22 +28,6 @@ if TYPE_CHECKING:
 
 LOOK = 0.1  # seconds between looks at the jobs
 PATIENCE = 20.0  # seconds that stopped jobs have to save what they can; more than a job gives its kernel
-
-
-class LabInterrupted(LabError):
-    """The sweep was stopped and is in order; the sentence says how to go on. `folder` is the sweep's."""
-
-    def __init__(self, sentence: str, folder: Path) -> None:
-        super().__init__(sentence)
-        self.folder = folder
-
-
-class JobsFailed(LabError):
-    """The sweep ran to its end and some jobs failed; the sentence says which and why. `folder` is the sweep's."""
-
-    def __init__(self, sentence: str, folder: Path) -> None:
-        super().__init__(sentence)
-        self.folder = folder
 
 
 def run(
@@ -63,7 +49,8 @@ def run(
         overrides: `key=value` for every variant, or `ablation.key=value` for the question.
 
     Raises:
-        LabError: the question cannot be run as it is (nothing was written), or another process runs it.
+        LabError: the question cannot be run as it is (nothing was written), another process runs it, or the first job to finish has
+            no such metric as the question names (it stays finished).
         JobsFailed: all ran, some failed.
         LabInterrupted: stopped by Ctrl-C or SIGTERM; jobs are ended, results written.
     """
@@ -75,21 +62,10 @@ def run(
     solution = match.solve(ablation, rooms)
     executors.check(executor)
     folder = Path(out) if out is not None else Path("runs") / ablation.name
-    store.check_folder(folder, ablation.name)
     again = shlex.join(["longcat-lab", "run", str(ablation_path), *(["--out", str(out)] if out is not None else []), *overrides])
 
-    try:
-        lock = store.Lock.take(folder)
-    except OSError as error:
-        raise LabError(f"Cannot write to {folder}: {error.strerror}; choose another folder with --out.") from None
-    if lock is None:
-        raise LabError(f"Another process ({store.said_holder(folder)}) is running the sweep in {folder}; wait for it or stop it.")
-    try:
-        store.check_folder(folder, ablation.name)  # somebody may have been quicker
-        store.write_question(folder, ablation, solution)
+    with held(folder, ablation.name):
         return _Driver(folder, ablation, solution, notebook, jobs, executor, rooms, console, again).drive()
-    finally:
-        lock.release()
 
 
 class _Driver:
@@ -113,7 +89,9 @@ class _Driver:
         self.rows: dict[Job, dict[str, Any]] = {}
         self.todo: deque[Job] = deque()
         self.running: dict[Job, executors.Handle] = {}
-        self.stops = 0
+        self.attempts: dict[Job, int] = {}  # before this invocation
+        self.stops, self.written, self.measured = 0, False, False
+        self.mistake: str | None = None  # in the question, seen only when a job has finished
 
     def drive(self) -> Path:
         try:
@@ -121,11 +99,14 @@ class _Driver:
                 self._prepare()
                 self._plan()
                 with self._signals():
+                    self._commit()
                     self._loop()
         except KeyboardInterrupt:
             self.stops += 1
-        if self.rows:
+        if self.written:
             self._write()
+        if self.mistake:
+            raise LabError(f"{self.mistake} Correct it and run the sweep again: what is finished is kept.")
         statuses = [row["status"] for row in self.rows.values()] or ["planned"] * len(self.cells)
         count = {status: statuses.count(status) for status in ("finished", "failed", "interrupted", "planned")}
         of = f"{count['finished']} of {len(self.cells)} jobs finished"
@@ -159,23 +140,32 @@ class _Driver:
         self.display.prepare(f"{len(needed)} corpora are ready." if len(needed) > 1 else "The data is ready.")
 
     def _plan(self) -> None:
-        """What is there already, and what is to run."""
+        """What is there already, and what is to run; nothing is written yet."""
         for job in job_plan.plan(self.ablation, self.solution, self.folder, self.notebook, self.rooms):
             run = store.read_run(job.folder)
-            if run is None:
-                write_json(job.folder / "run.json", job.record())
             self.rows[job] = store.result_row(run, job.variant, job.seed, job.identity)
             if self.rows[job]["status"] != "finished":
                 self.todo.append(job)
             self._show(job)
         self.slots = self.display.slots = max(1, min(self.slots, len(self.todo)))
         self.executor = executors.make(self.executor_wanted, self.slots)
+
+    def _commit(self) -> None:
+        """The question and its table, together, now that nothing of it can fail any more; then what is said of them."""
+        store.write_question(self.folder, self.ablation, self.solution)
         self._write()
+        self.written, replaced = True, 0
+        for job in self.todo:
+            run = store.read_run(job.folder)
+            if run is None:
+                write_json(job.folder / "run.json", job.record())
+            replaced += run is not None and run.get("status") == "finished"
         total = len(self.rows)
         if skipped := total - len(self.todo):
             self.display.say(f"{skipped} of {total} jobs have finished before and are not run again.")
         if changed := sum(row["status"] == "planned" and bool(row["reason"]) for row in self.rows.values()):
-            self.display.say(f"{changed} of {total} jobs run anew: their configuration, data or code changed since they last ran.")
+            kept = f"; the {replaced} that had finished are kept in {self.folder / superseded.NAME}" if replaced else ""
+            self.display.say(f"{changed} of {total} jobs run anew: their configuration, data or code changed since they last ran{kept}.")
 
     # ---- the jobs
 
@@ -198,7 +188,7 @@ class _Driver:
 
     def _loop(self) -> None:
         try:
-            while (self.todo or self.running) and not self.stops:
+            while (self.todo or self.running) and not self.stops and not self.mistake:
                 while self.todo and len(self.running) < self.slots:
                     self._start(self.todo.popleft())
                 if self._look():
@@ -209,9 +199,13 @@ class _Driver:
 
     def _start(self, job: Job) -> None:
         run = store.read_run(job.folder)
+        self.attempts[job] = 0
         if run is not None and run.get("identity") != job.identity:
+            if run.get("status") == "finished":
+                superseded.keep_log(job.folder)
             write_json(job.folder / "planned.json", job.record())  # the job itself clears the folder, once it holds its lock
         else:
+            self.attempts[job] = store.attempts(run)
             (job.folder / "planned.json").unlink(missing_ok=True)
         try:
             self.running[job] = self.executor.submit(job)
@@ -242,18 +236,26 @@ class _Driver:
         run = read_json(job.folder / "run.json")
         if code == executors.BUSY:
             self.rows[job] |= {"status": "failed", "reason": f"another process ({store.said_holder(job.folder)}) still uses its folder"}
-        elif run is not None and run.get("status") in store.DONE and not (job.folder / "planned.json").exists():
+        elif self._ended(job, run):
             # If code was edited meanwhile, the run has another identity than was planned; the row says which.
             self.rows[job] = store.result_row(run, job.variant, job.seed, run.get("identity", job.identity))
+            if run.get("status") == "finished" and not self.measured:
+                self.measured = True
+                self.mistake = job_plan.unmeasured(self.ablation, job, {**self.rows[job], **(run.get("final") or {})})
         else:
             handle.stop(force=True)
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-            said = {"status": "interrupted" if self.stops else "failed", "reason": f"its process {how}; see job.log"}
+            said = {"status": "interrupted" if self.stops or self.mistake else "failed", "reason": f"its process {how}; see job.log"}
             self.rows[job] |= said
             if run is not None and run.get("identity") == job.identity:  # else the folder still holds what ran before, untouched
                 with contextlib.suppress(LabError):  # no room on the disk: the table has it
                     write_json(job.folder / "run.json", {**run, **said})
         self._show(job)
+
+    def _ended(self, job: Job, run: dict[str, Any] | None) -> bool:
+        """Whether run.json is by the process that has just ended, and says how; not by an earlier attempt or another configuration."""
+        done = run is not None and run.get("status") in store.DONE and store.attempts(run) > self.attempts[job]
+        return done and not (job.folder / "planned.json").exists()
 
     def _stop_all(self) -> None:
         """End what still runs: by request, then by force after some seconds or a second Ctrl-C."""

@@ -14,6 +14,7 @@ from longcat_lab.node import Node, nearest, validate_node
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=80)]
 Sentence = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+SEEDS = 2**31  # number generators take no larger seed everywhere
 Quantity = Literal["total_params", "active_params", "flops_per_token"]
 
 
@@ -49,11 +50,11 @@ class Ablation(Node):
     name: Name = Field(description="letters, digits, - and _ only; the sweep's folder is runs/NAME")
     question: Sentence = Field(description="the question in one sentence")
     hypothesis: Sentence = Field(description="the answer that is expected, written before running")
-    base: str = Field(description="preset name or path of a configuration file")
+    base: str = Field(description="preset name, or a configuration file beside the question or in the working folder")
     set: dict[str, Any] = Field(default_factory=dict, description="dotted overrides for every variant")
     baseline: str = Field(description="the variant that the others are a change of")
     variants: dict[Name, dict[str, Any]] = Field(min_length=1, description="variant name -> dotted overrides; one change per arm")
-    seeds: list[int] = Field(min_length=1, description="paired seeds; a claim needs at least 3")
+    seeds: list[int] = Field(min_length=1, description="paired seeds, below 2**31; a claim needs at least 3")
     match: list[Match] = Field(default_factory=list, description="what is held equal between variants")
     metric: Name = Field(default="validation_bpb", description="primary metric; lower is better")
     smallest_effect: float = Field(gt=0, description="the smallest difference in the primary metric that would matter")
@@ -82,7 +83,8 @@ def read(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> 
             raise LabError(f"Override '{override}': write it as key=value.")
         key, value = key.strip(), parse_yaml(text, f"Override '{override}'")
         if not key.startswith("ablation."):
-            data["set"] = {**(data.get("set") or {}), key: value}
+            if data.get("set") is None or isinstance(data["set"], dict):  # else the schema says what is wrong with it
+                data["set"] = {**(data.get("set") or {}), key: value}
         elif (own := key.removeprefix("ablation.")) in Ablation.model_fields:
             data[own] = value
         else:
@@ -94,12 +96,23 @@ def read(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> 
             for key in data[block]:
                 if not isinstance(key, str):
                     raise LabError(f"{where}: the key {key!r} in '{block}' is not text to YAML; put it in quotes.")
+    if not isinstance(source, dict) and isinstance(data.get("base"), str):
+        data["base"] = _place(data["base"], Path(source))
     try:
         ablation = validate_node(Ablation, data)
     except LabError as error:
         raise LabError(f"{where}: {error}") from None
     _check(ablation, where)
     return ablation
+
+
+def _place(base: str, question: Path) -> str:
+    """A configuration file beside the question, or else in the working folder, by its full path; anything else as it is."""
+    if Path(base).suffix in (".yaml", ".yml"):
+        for folder in (question.resolve().parent, Path.cwd()):
+            if (folder / base).is_file():
+                return str((folder / base).resolve())
+    return base
 
 
 def _check(a: Ablation, where: str) -> None:
@@ -122,6 +135,8 @@ def _check(a: Ablation, where: str) -> None:
         raise LabError(f"{where}: 'seeds' has one seed twice ({a.seeds}); a repeated seed is the same run, not a new one.")
     if min(a.seeds) < 0:
         raise LabError(f"{where}: 'seeds' must not be negative, got {min(a.seeds)}.")
+    if max(a.seeds) >= SEEDS:
+        raise LabError(f"{where}: 'seeds' must be below 2**31 = {SEEDS}, got {max(a.seeds)}.")
     for place, overrides in [("set", a.set), *((f"variants.{name}", values) for name, values in a.variants.items())]:
         if "seed" in overrides:
             raise LabError(f"{where}: '{place}' sets 'seed', but seeds come from 'seeds' so that they are paired.")

@@ -29,7 +29,7 @@ class Contrast:
         mean, sd: of the paired differences.
         low, high: interval of the mean at `level`.
         p: two-sided; NaN where no test is possible.
-        resolvable: smallest true effect that this n and sd would find with 80 % power.
+        resolvable: smallest true effect that this n and sd would find with 80 % power, as one of `comparisons`.
         dropped: one phrase per seed without a complete pair.
     """
 
@@ -46,6 +46,12 @@ class Contrast:
     resolvable: float
     level: float
     dropped: tuple[str, ...]
+    comparisons: int = 1
+
+    @property
+    def alpha(self) -> float:
+        """The level of the strictest of Holm's steps, which an effect must pass if no other claim does."""
+        return (1 - self.level) / self.comparisons
 
     @property
     def n(self) -> int:
@@ -69,7 +75,8 @@ class Verdict:
     Attributes:
         verdict: "seen", "not seen" or "not resolvable".
         adjusted_p: after Holm over `comparisons` claims.
-        seeds_needed: pairs that would likely resolve the smallest effect that matters, at the spread that was seen; None if unknown.
+        seeds_needed: pairs that would likely resolve the smallest effect that matters, at the spread that was seen and as one of
+            `comparisons`; None if unknown.
         sentence: all of it in plain English.
     """
 
@@ -104,11 +111,13 @@ def signed(value: float) -> str:
 # ---- one comparison
 
 
-def contrast(results: pd.DataFrame, better: str, than: str, metric: str, level: float = 0.95) -> Contrast:
+def contrast(results: pd.DataFrame, better: str, than: str, metric: str, level: float = 0.95, comparisons: int = 1) -> Contrast:
     """The paired difference of two variants in one metric. Pairs that are not complete are dropped, and said.
 
     Args:
         results: one row per job with `variant`, `seed`, `status`, `reason` and the metric (see `store.load_results`).
+        comparisons: how many are judged together; `resolvable` is then at (1 - level) / comparisons, Holm's strictest step.
+            The interval and `p` are this comparison's own.
     """
     arms = [_arm(results, name, metric) for name in (better, than)]
     differences, dropped = {}, []
@@ -121,10 +130,9 @@ def contrast(results: pd.DataFrame, better: str, than: str, metric: str, level: 
             differences[seed] = sides[0][1] - sides[1][1]
     values = np.array(list(differences.values()), dtype=float)
     mean, sd, low, high, p = paired_t(values, level)
-    found = resolvable(len(values), sd, 1 - level)
-    return Contrast(
-        better, than, metric, tuple(differences), tuple(differences.values()), mean, sd, low, high, p, found, level, tuple(dropped)
-    )
+    found = resolvable(len(values), sd, (1 - level) / comparisons)
+    pairs = tuple(differences), tuple(differences.values())
+    return Contrast(better, than, metric, *pairs, mean, sd, low, high, p, found, level, tuple(dropped), comparisons)
 
 
 def _arm(results: pd.DataFrame, variant: str, metric: str) -> dict[int, float | str]:
@@ -150,14 +158,15 @@ def judge(results: pd.DataFrame, ablation: Ablation) -> list[Verdict]:
     seen: significant after Holm, in the claimed direction. not seen: the interval has no room for an improvement that matters.
     not resolvable: everything else, fewer than three pairs included.
     """
-    contrasts = [contrast(results, claim.better, claim.than, ablation.metric) for claim in ablation.claims]
+    count = len(ablation.claims)
+    contrasts = [contrast(results, claim.better, claim.than, ablation.metric, comparisons=count) for claim in ablation.claims]
     # Two pairs have a p value, but no claim rests on them.
     adjusted = holm([c.p if c.n >= FEWEST else NAN for c in contrasts])
-    return [_verdict(c, p, len(contrasts), ablation) for c, p in zip(contrasts, adjusted, strict=True)]
+    return [_verdict(c, p, ablation) for c, p in zip(contrasts, adjusted, strict=True)]
 
 
-def _verdict(c: Contrast, p: float, comparisons: int, ablation: Ablation) -> Verdict:
-    matters, needed = ablation.smallest_effect, None
+def _verdict(c: Contrast, p: float, ablation: Ablation) -> Verdict:
+    matters, needed, comparisons = ablation.smallest_effect, None, c.comparisons
     if c.n < FEWEST:
         verdict, sentence = "not resolvable", _too_few(c, ablation)
     elif c.constant and c.mean == 0:
@@ -182,10 +191,12 @@ def _verdict(c: Contrast, p: float, comparisons: int, ablation: Ablation) -> Ver
         start = f"{c.better} is worse than {c.than}" if worse else f"{c.better} is not better than {c.than} by {matters:g} or more"
         sentence = f"{start}: {c.metric} differs by {signed(c.mean)}, {c.interval}, {_p(p, comparisons)}."
     else:
-        verdict, needed = "not resolvable", seeds_needed(matters, c.sd, 1 - c.level)
+        verdict, needed = "not resolvable", seeds_needed(matters, c.sd, c.alpha)
+        counting = f" (counting {comparisons} comparisons)" if comparisons > 1 else ""
         sentence = (
             f"Too few seeds to tell whether {c.better} is better than {c.than}: {c.metric} differs by {signed(c.mean)}, {c.interval}, "
-            f"{_p(p, comparisons)}; {c.n} pairs at this spread find {c.resolvable:.3g} or more, and {_many(needed)} to find {matters:g}."
+            f"{_p(p, comparisons)}; {c.n} pairs at this spread find {c.resolvable:.3g} or more, and {_many(needed)} to find {matters:g}"
+            f"{counting}."
         )
     if c.dropped and c.n >= FEWEST:
         sentence += f" Left out: {'; '.join(c.dropped)}."
@@ -230,9 +241,9 @@ def summary(results: pd.DataFrame, ablation: Ablation) -> Summary:
     pairs = ablation.claims
     secondary = [_plainly(contrast(results, p.better, p.than, metric)) for metric in ablation.also for p in pairs]
     vanishing = []
-    if ablation.vanishes:
-        for pair in pairs:
-            vanishing.append(_vanished(contrast(results, pair.better, pair.than, ablation.vanishes.metric), ablation.vanishes.where))
+    if control := ablation.vanishes:
+        there = [contrast(results, pair.better, pair.than, control.metric) for pair in pairs]
+        vanishing = [_vanished(c, control.where, ablation.smallest_effect) for c in there]
     notes = []
     counts: dict[Any, int] = results["status"].value_counts().to_dict()
     if counts.get("finished", 0) != len(results):
@@ -246,11 +257,14 @@ def _plainly(c: Contrast) -> str:
     return f"{c.metric}, {c.better} against {c.than}: {signed(c.mean)}, {c.interval}; secondary, no verdict."
 
 
-def _vanished(c: Contrast, where: str) -> str:
+def _vanished(c: Contrast, where: str, matters: float) -> str:
     if c.n < FEWEST:
         return ""
     differs = f"{c.metric} of {c.better} against {c.than} differs by {signed(c.mean)}, {c.interval}"
     start = f"Where the effect should vanish ({where}), {differs}: "
     if c.constant:
         return start + ("exactly equal." if c.mean == 0 else "the same in all pairs, so there is no noise to compare it with.")
-    return start + ("it does not vanish there." if c.low > 0 or c.high < 0 else "no effect is seen there.")
+    if c.low > 0 or c.high < 0:
+        return start + "it does not vanish there."
+    small = -matters < c.low and c.high < matters
+    return start + ("no effect that matters is there." if small else "too few seeds to tell whether an effect is left there.")

@@ -2,6 +2,7 @@
 
 FOLDER/ablation.yaml                      the resolved question
 FOLDER/jobs/VARIANT/seed-S/run.json       the truth about one job
+FOLDER/superseded/IDENTITY/VARIANT/seed-S finished jobs that a change has replaced; see `superseded`
 FOLDER/results.parquet                    one row per job
 """
 
@@ -83,19 +84,28 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return run
 
 
+def attempts(run: dict[str, Any] | None) -> int:
+    """How often a process has begun the job of a run.json."""
+    return int(((run or {}).get("job") or {}).get("attempts", 0))
+
+
 def check_folder(folder: Path, name: str) -> None:
     """Refuse a folder that is not this ablation's; touches nothing.
 
     Raises:
-        LabError: something else is there.
+        LabError: something else is there, or it cannot be looked into.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise LabError(f"{folder} is a file; choose another folder with --out.")
-    if not {entry.name for entry in folder.iterdir()} - {LOCK}:
-        return
-    if not (folder / "ablation.yaml").is_file():
+    try:
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise LabError(f"{folder} is a file; choose another folder with --out.")
+        if not {entry.name for entry in folder.iterdir()} - {LOCK}:
+            return
+        there = (folder / "ablation.yaml").is_file()
+    except OSError as error:
+        raise LabError(f"Cannot look into {folder}: {error.strerror}; choose another folder with --out.") from None
+    if not there:
         raise LabError(f"{folder} holds other files and no sweep; choose an empty or a new folder with --out.")
     if (other := read_question(folder).get("name")) != name:
         raise LabError(f"{folder} holds the sweep '{other}', not '{name}'; choose another folder with --out.")
@@ -125,6 +135,9 @@ class Lock:
                     return None
                 time.sleep(0.05)
                 continue
+            if not _is_at(file, folder / LOCK):  # its folder was removed meanwhile, or made anew
+                file.close()
+                return cls.take(folder, max(0.0, deadline - time.monotonic()))
             lock = cls(file, holder(folder))
             lock.note()
             return lock
@@ -137,6 +150,13 @@ class Lock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def _is_at(file: io.FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def holder(folder: Path) -> dict[str, Any]:
@@ -224,7 +244,7 @@ class Sweep:
 
     Attributes:
         results: see `load_results`.
-        runs: (variant, seed) -> run.json, for jobs that have one.
+        runs: (variant, seed) -> run.json, for jobs that have one with the identity of their row in `results`.
     """
 
     folder: Path
@@ -245,6 +265,7 @@ def read_sweep(folder: str | Path) -> Sweep:
     if not (folder / "ablation.yaml").is_file():
         raise LabError(f"There is no sweep in {folder}: it has no ablation.yaml.")
     results = load_results(folder)
-    cells = [(str(v), int(s)) for v, s in zip(results["variant"], results["seed"], strict=True)]
-    runs = {cell: read_run(job_folder(folder, *cell)) for cell in cells}
-    return Sweep(folder, read(folder / "ablation.yaml"), results, {cell: run for cell, run in runs.items() if run is not None})
+    meant = {(str(v), int(s)): i for v, s, i in zip(results["variant"], results["seed"], results["identity"], strict=True)}
+    found = {cell: read_run(job_folder(folder, *cell)) for cell in meant}
+    runs = {cell: run for cell, run in found.items() if run is not None and run.get("identity") == meant[cell]}
+    return Sweep(folder, read(folder / "ablation.yaml"), results, runs)

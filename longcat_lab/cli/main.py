@@ -25,7 +25,7 @@ def run(
     ablation: Annotated[Path, typer.Argument(help="the question: a YAML file")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="folder of the sweep; runs/NAME if not given")] = None,
-    jobs: Annotated[int | None, typer.Option(help="jobs side by side; as many as there are cores if not given")] = None,
+    jobs: Annotated[int | None, typer.Option(help="jobs side by side; at most 4 and at most one a core if not given")] = None,
     executor: Annotated[str, typer.Option(help="where jobs run: local")] = "local",
 ) -> None:
     """Run every variant and seed of an ablation; running it again does only what is missing."""

@@ -81,7 +81,10 @@ class Page:
 
     def _verdict(self, verdict: Verdict) -> str:
         c = verdict.contrast
-        power = f" With {c.n} pairs at this spread, 80 % power needs a true effect of {c.resolvable:.3g} or more." if c.n > 1 else ""
+        counted = f" and {verdict.comparisons} comparisons" if verdict.comparisons > 1 else ""
+        power = (
+            f" With {c.n} pairs at this spread{counted}, 80 % power needs a true effect of {c.resolvable:.3g} or more." if c.n > 1 else ""
+        )
         return (
             f'<div class="lab-verdict lab-{verdict.verdict.replace(" ", "-")}"><b>{MARKS[verdict.verdict]} {verdict.verdict}</b>: '
             f"{html.escape(c.better)} better than {html.escape(c.than)}<br>{html.escape(verdict.sentence + power)}</div>"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fake_rooms import FAKE, question
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ TWO: dict[str, Any] = {"plain": {}, "b": {"model.kind": "b"}}
         ({"seeds": [0, 1, 0]}, "'seeds' has one seed twice"),
         ({"seeds": []}, "'seeds'"),
         ({"seeds": [0, -1]}, "must not be negative"),
+        ({"seeds": [0, 2**31]}, "'seeds' must be below 2\\*\\*31 = 2147483648, got 2147483648"),
         ({"name": "../evil"}, "'name'"),
         ({"variants": {"a/b": {}}, "baseline": "a/b"}, "'variants"),
         ({"variants": {"plain": {}, False: {}}}, "put it in quotes"),
@@ -71,6 +73,34 @@ def test_overrides_go_on_top_of_set_or_change_the_question() -> None:
     for wrong, sentence in [("depth", "write it as key=value"), ("ablation.sets=1", "did you mean 'set'"), ("a=[", "Override 'a=\\['")]:
         with pytest.raises(LabError, match=sentence):
             read(question(TWO), [wrong])
+
+
+@pytest.mark.parametrize("wrong", [[1], 5, 0, "depth"])
+def test_set_that_is_no_mapping_is_named_with_overrides_too(wrong: Any) -> None:
+    with pytest.raises(LabError, match="'set': input should be a valid dict") as error:
+        read(question(TWO, set=wrong), ["model.depth=4"])
+    assert "\n" not in str(error.value)
+
+
+def test_base_beside_the_question_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "both.yaml").write_text("effect: 1.0\n")
+    (here / "only.yaml").write_text("effect: 2.0\n")
+    (there / "mine.yaml").write_text("effect: 3.0\n")
+    monkeypatch.chdir(here)
+    for base, found in [
+        ("mine.yaml", there / "mine.yaml"),
+        ("both.yaml", there / "both.yaml"),
+        ("only.yaml", here / "only.yaml"),
+        ("gone.yaml", "gone.yaml"),
+        ("small", "small"),
+        (str(here / "both.yaml"), here / "both.yaml"),
+    ]:
+        (there / "q.yaml").write_text(yaml.safe_dump(question(TWO, base=base)))
+        assert read(there / "q.yaml").base == str(found)
+    assert read(question(TWO, base="mine.yaml")).base == "mine.yaml", "plain data lies beside nothing"
 
 
 def test_every_key_is_described() -> None:

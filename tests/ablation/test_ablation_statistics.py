@@ -128,6 +128,34 @@ def test_not_resolvable_says_how_many_seeds() -> None:
     assert f"about {v.seeds_needed} would be needed to find 0.01" in v.sentence
 
 
+def test_several_comparisons_resolve_less_and_need_more() -> None:
+    results = table(plain=[2.0, 2.1, 1.9], b=[1.97, 2.11, 1.88], c=[1.98, 2.12, 1.87])
+    [alone], [first, _] = (judge(results, ablation(claims)) for claims in ([("b", "plain")], [("b", "plain"), ("c", "plain")]))
+    sd = alone.contrast.sd
+    assert alone.contrast.resolvable == pytest.approx(resolvable(3, sd)) and "counting" not in alone.sentence
+    assert first.contrast.resolvable == pytest.approx(resolvable(3, sd, 0.025)) and first.contrast.alpha == pytest.approx(0.025)
+    assert alone.seeds_needed == seeds_needed(0.01, sd) < seeds_needed(0.01, sd, 0.025) == first.seeds_needed
+    assert first.sentence.endswith(f"about {first.seeds_needed} would be needed to find 0.01 (counting 2 comparisons).")
+    assert (first.contrast.low, first.contrast.p) == (alone.contrast.low, alone.contrast.p)
+    assert contrast(results, "b", "plain", "validation_bpb").resolvable == alone.contrast.resolvable
+
+
+@pytest.mark.parametrize(
+    ("there", "sentence"),
+    [
+        ([8.101, 8.199, 8.0005], "no effect that matters is there."),
+        ([8.05, 8.2, 8.1], "too few seeds to tell whether an effect is left there."),
+        ([7.9, 8.01, 7.81], "it does not vanish there."),
+        ([8.1, 8.2, 8.0], "exactly equal."),
+    ],
+)
+def test_vanished_only_where_the_interval_is_narrow(there: list[float], sentence: str) -> None:
+    question = ablation([("b", "plain")], vanishes={"where": "shuffled text", "metric": "shuffled"})
+    results = table(plain=[2.0, 2.1, 1.9], b=[1.9, 1.99, 1.81])
+    results["shuffled"] = [8.1, 8.2, 8.0, *there]
+    assert summary(results, question).vanishing[0].endswith(sentence)
+
+
 def test_few_seeds_never_claim() -> None:
     [v] = judge(table(plain=[2.0, 2.1], b=[1.0, 1.100001]), ablation([("b", "plain")], seeds=2))
     assert v.verdict == "not resolvable" and "a claim needs 3, and only 2 seeds were planned" in v.sentence
@@ -163,7 +191,7 @@ def test_summary_of_everything_and_of_nothing() -> None:
     results["ood"], results["shuffled"] = results["validation_bpb"] + 1, [8.0, 8.1, 8.0, 8.05, 8.0, 8.1]
     found = summary(results, question)
     assert found.lines[0].startswith("SEEN: b is better") and found.secondary[0].startswith("ood, b against plain: -0.1,")
-    assert "no effect is seen there" in found.vanishing[0]
+    assert "too few seeds to tell whether an effect is left there" in found.vanishing[0]
     planned = table(plain=["planned"] * 3, b=["planned"] * 3)
     assert [v.verdict for v in summary(planned, question).verdicts] == ["not resolvable"]
     assert summary(planned, question).notes == ["Of 6 jobs, 6 planned."]

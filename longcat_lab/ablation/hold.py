@@ -1,0 +1,41 @@
+"""The sweep's folder in the hands of one process, which leaves no trace if it comes to nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from longcat_lab.ablation import store
+from longcat_lab.errors import LabError
+
+
+@contextlib.contextmanager
+def held(folder: Path, name: str) -> Iterator[None]:
+    """Hold `folder` for the sweep `name`. Folders and the lock file made here go again if an error comes before anything is written.
+
+    Raises:
+        LabError: the folder cannot be used or written, or another process holds it.
+    """
+    store.check_folder(folder, name)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    fresh, lock = not (folder / store.LOCK).exists(), None
+    try:
+        try:
+            lock = store.Lock.take(folder)
+        except OSError as error:
+            raise LabError(f"Cannot write to {folder}: {error.strerror}; choose another folder with --out.") from None
+        if lock is None:
+            raise LabError(f"Another process ({store.said_holder(folder)}) is running the sweep in {folder}; wait for it or stop it.")
+        store.check_folder(folder, name)  # somebody may have been quicker
+        yield
+    except BaseException:
+        if lock is not None and fresh and [entry.name for entry in folder.iterdir()] == [store.LOCK]:
+            (folder / store.LOCK).unlink()
+        for place in made:
+            with contextlib.suppress(OSError):  # something is in it
+                place.rmdir()
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
