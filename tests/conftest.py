@@ -4,8 +4,12 @@ import os
 import zlib
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No time limit for an example: these tests run side by side on machines that do other things too.
+settings.register_profile("lab", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("lab")
 
 
 @pytest.fixture(scope="session", autouse=True)

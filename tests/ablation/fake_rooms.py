@@ -99,7 +99,7 @@ if behaviour in ("wait", "stubborn"):
     (folder / "progress.json").write_text(json.dumps(said))
     (folder / "started").touch()
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not (folder / "release").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
     except KeyboardInterrupt:
