@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from longcat_lab.blocks import Budget
@@ -12,12 +13,10 @@ if TYPE_CHECKING:
 
 
 def _rows(config: RunConfig | ModelConfig) -> list[tuple[str, str, int, Budget]]:
-    """(part, kind, how often, cost of all of them); the parts of a layer are shown one by one and add up to the layers."""
+    """(part, kind, how often, cost of all of them); they add up to the whole model."""
     model = config.model if isinstance(config, RunConfig) else config
     shape, head = model.shape(), model.hidden_size * model.vocab_size
     if isinstance(config, RunConfig):
-        from dataclasses import replace
-
         shape = replace(shape, sequence_length=config.data.sequence_length)
     token = model.embedding.model_copy(update={"ngram": None}) if getattr(model.embedding, "ngram", None) else model.embedding
     rows = [("embedding", token.kind, 1, token.budget(shape))]

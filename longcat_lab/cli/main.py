@@ -68,7 +68,7 @@ def budget(config: Annotated[str, typer.Argument(help="a preset or a YAML file")
     from longcat_lab.budget import budget as table
     from longcat_lab.config import load
 
-    typer.echo(table(load(config, *(overrides or ()))).to_string(formatters={}, float_format="{:,.0f}".format))
+    typer.echo(table(load(config, *(overrides or ()))).to_string(float_format="{:,.0f}".format))
 
 
 @app.command()

@@ -88,7 +88,7 @@ class _Session:
             config.data.batch_size,
             config.data.seed * DATA_SEED_STRIDE + config.seed,
         )
-        # Since the last logged row: summed loss (kept on the device), steps, seconds.
+        # Since the last logged row: summed loss, steps, seconds.
         self.window = {"loss": 0.0, "steps": 0, "seconds": 0.0}
         self.seconds, self.step, self.initial = 0.0, 0, {}
         self._resume()
@@ -130,16 +130,16 @@ class _Session:
                 self.record["final"] = self._final()
                 checkpoint.save_weights(self.model, self.folder / checkpoint.WEIGHTS) if self.config.training.keep_model else None
             self._close("interrupted" if stopped else "finished", "stopped as asked" if stopped else None)
-            if stopped and self.asked.is_set():
-                raise KeyboardInterrupt
         except KeyboardInterrupt:  # the second one: this step is lost, the last checkpoint is not
             self._close("interrupted", "stopped by the keyboard")
             raise
         except Exception as error:
             self._close("failed", f"{type(error).__name__}: {error}" if not isinstance(error, LabError) else str(error))
             raise
-        if self.record["status"] == "finished":
+        if not stopped:
             checkpoint.remove_all(self.folder)
+        elif self.asked.is_set():
+            raise KeyboardInterrupt
 
     def _train(self) -> bool:
         """Steps until the last one; True if it was stopped before."""
@@ -211,7 +211,7 @@ class _Session:
             "step": self.step,
             "tokens": self.step * tokens,
             "loss": window["loss"] / window["steps"],
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": training.optimizer.learning_rate * learning_rate_factor(self.step - 1, training.steps, training.schedule),
             "gradient_norm": norm,
             "tokens_per_second": window["steps"] * tokens / window["seconds"],
             "seconds": self.seconds,

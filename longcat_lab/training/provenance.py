@@ -23,6 +23,7 @@ from longcat_lab.data import prepare
 from longcat_lab.model import LongcatLM
 
 PACKAGE = Path(__file__).resolve().parent.parent
+PLAIN = (int, float, str, bool)
 # Rooms that decide a run's numbers. Reports, tables and widgets may change without making finished runs anew.
 DECIDING = ("blocks", "config", "data", "model", "training")
 
@@ -40,7 +41,7 @@ def blocks_of_ones_own(config: RunConfig) -> str:
     """Hash of the classes in this model that come from outside the package (a notebook cell, a file); empty if there are none.
 
     It is taken over the compiled code, because a notebook's classes have no source that Python can find, and follows the
-    functions of the same origin that the classes call by name.
+    functions and plain values of the same origin that the classes use by name.
     """
     with torch.device("meta"):
         model = LongcatLM(config.model)
@@ -52,7 +53,7 @@ def blocks_of_ones_own(config: RunConfig) -> str:
     for each in sorted(found, key=lambda each: each.__qualname__):
         for name, value in sorted(vars(each).items()):
             _hash_code(value, digest, seen) if callable(getattr(value, "__func__", value)) else None
-            if isinstance(value, int | float | str | bool) and not name.startswith("__"):
+            if isinstance(value, PLAIN) and not name.startswith("__"):
                 digest.update(f"{each.__qualname__}.{name}={value!r}".encode())
     return digest.hexdigest()[:16] if found else ""
 
@@ -66,14 +67,28 @@ def _hash_code(value: Any, digest: Any, seen: set[Any]) -> None:
     if not isinstance(function, types.FunctionType) or function in seen or not _foreign(function.__module__ or ""):
         return
     seen.add(function)
+    given = [*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items())]
+    digest.update(repr([_plainly(value) for value in given]).encode())
     waiting = [function.__code__]
     while waiting:
         code = waiting.pop()
-        constants = [constant for constant in code.co_consts if not isinstance(constant, types.CodeType)]
+        constants = [_plainly(constant) for constant in code.co_consts if not isinstance(constant, types.CodeType)]
         digest.update(repr((code.co_code, code.co_names, code.co_varnames, constants)).encode())
         waiting += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         for name in code.co_names:
-            _hash_code(function.__globals__.get(name), digest, seen)
+            value = function.__globals__.get(name)
+            if isinstance(value, PLAIN):
+                digest.update(f"{name}={value!r}".encode())
+            _hash_code(value, digest, seen)
+
+
+def _plainly(value: Any) -> str:
+    """The same text in every process: sets of text have another order in each, and objects another address."""
+    if isinstance(value, frozenset):
+        return f"frozenset({sorted(map(repr, value))})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_plainly, value))})"
+    return repr(value) if value is None or isinstance(value, (*PLAIN, bytes, complex)) else type(value).__qualname__
 
 
 def identity(config: RunConfig) -> str:

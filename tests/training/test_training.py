@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pandas
@@ -50,6 +51,15 @@ def test_a_run_leaves_what_the_layout_promises(finished):
     assert not list(finished.path.glob("checkpoint-*")) and not list(finished.path.glob(".*tmp"))
     progress = read_json(finished.path / "progress.json")
     assert progress["step"] == progress["steps"] == 20 and progress["seconds_left"] == 0
+
+
+def test_the_logged_learning_rate_is_that_of_the_matrices():
+    """Also where the embedding, the model's first parameter, has its own multiplier."""
+    config = load("tiny", "training.optimizer.embedding_lr_multiplier=40")
+    factors = [learning_rate_factor(step - 1, 20, config.training.schedule) for step in (5, 10, 15, 20)]
+    with tempfile.TemporaryDirectory() as folder:
+        logged = lab.fit(config, folder, progress=False).metrics["learning_rate"].tolist()
+    assert logged == [config.training.optimizer.learning_rate * factor for factor in factors]
 
 
 def test_training_learns(finished):
@@ -228,12 +238,14 @@ def test_text_that_is_too_short_is_named_before_training(tmp_path, split):
 
 
 OWN_BLOCK = """
+SHIFT = SHIFTED
+
 class Own(lab.Block):
     def forward(self, x):
         return helper(x)
 
-def helper(x):
-    return x * FACTOR
+def helper(x, power=POWER):
+    return x ** power * FACTOR + SHIFT if "a" not in {"b", "c", "d", "e", "f"} else x
 
 @lab.register("ffn")
 class OwnConfig(lab.BlockConfig):
@@ -245,20 +257,35 @@ class OwnConfig(lab.BlockConfig):
 """
 
 
+def own_block(factor="0.0", power="1", shift="0"):
+    return OWN_BLOCK.replace("FACTOR", factor).replace("POWER", power).replace("SHIFTED", shift)
+
+
 def test_a_block_of_ones_own_is_part_of_the_identity():
-    """Defined as in a notebook cell, where no source file exists: a change in the class or in what it calls is another run."""
+    """Defined as in a notebook cell, where no source file exists: a change in the class or in what it uses is another run."""
     from typing import Literal
 
     from longcat_lab.blocks.interface import _KINDS
 
     found = []
     try:
-        for factor in ("0.0", "0.0", "0.5"):
-            exec(OWN_BLOCK.replace("FACTOR", factor), {"lab": lab, "Literal": Literal, "__name__": "__main__"})
+        for code in (own_block(), own_block(), own_block(factor="0.5"), own_block(power="2"), own_block(shift="1")):
+            exec(code, {"lab": lab, "Literal": Literal, "__name__": "__main__"})
             found.append(identity(load("tiny", "model.ffn.kind=own")))
     finally:
         _KINDS["ffn"].pop("own", None)
-    assert found[0] == found[1] != found[2]
+    assert found[0] == found[1] and len(set(found)) == 4
+
+
+def test_the_identity_of_a_block_of_ones_own_is_the_same_in_every_process():
+    code = (
+        f"import longcat_lab as lab\nfrom typing import Literal\n{own_block()}\nprint(lab.identity(lab.load('tiny', 'model.ffn.kind=own')))"
+    )
+    found = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+        for seed in "123"
+    }
+    assert len(found) == 1 and len(found.pop().strip()) == 16
 
 
 @pytest.mark.parametrize(
