@@ -152,7 +152,7 @@ class Page:
                 f"{rule.quantity} of {', '.join(held)} held within {100 * rule.tolerance:g} % of {rule.reference}"
                 + (f" by moving {moved}" if moved else "")
             )
-        lines.append(f"Tuned: {a.tuned}" if a.tuned else "Nothing was tuned for any arm.")
+        lines.append(f"Tuned: {a.tuned}" if a.tuned else "The question file names nothing that was tuned.")
         self._show("<ul>" + "".join(f"<li>{html.escape(line)}.</li>".replace("..", ".") for line in lines) + "</ul>")
 
     def mechanisms(self) -> None:
