@@ -43,7 +43,7 @@ def experts() -> Iterator[Row]:
     """Forward and backward of one mixture, fp32, at the demo's two sizes: 16 and 150 experts beside 8 that compute nothing."""
     for n in (16, 150):
         u = torch.randn(1024, 128, requires_grad=True)
-        slots, weights = route_reference(u.detach(), torch.randn(n + 8, 128), torch.zeros(n + 8), 3, 6.0)
+        slots, weights, _ = route_reference(u.detach(), torch.randn(n + 8, 128), torch.zeros(n + 8), 3, 6.0)
         gate_up, down = torch.randn(n, 128, 128, requires_grad=True), torch.randn(n, 128, 64, requires_grad=True)
         ours = ("grouped product", _backward(lambda a=(u, slots, weights, gate_up, down): experts_grouped(*a)))
         for name, op in (("loop over experts", experts_reference), ("padded bmm", _padded_bmm)):

@@ -8,10 +8,10 @@ run = lab.fit(cfg)
 """
 
 from longcat_lab.blocks import Block, BlockConfig, Budget, kinds, register
-from longcat_lab.budget import budget
+from longcat_lab.budget import activated, budget
 from longcat_lab.config import ConfigError, RunConfig, apply, load, presets
 from longcat_lab.errors import LabError
-from longcat_lab.model import LongcatLM, build, generate
+from longcat_lab.model import LongcatLM, build, generate, speculate
 from longcat_lab.training import Run, fit, identity
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "LongcatLM",
     "Run",
     "RunConfig",
+    "activated",
     "apply",
     "budget",
     "build",
@@ -35,4 +36,5 @@ __all__ = [
     "load",
     "presets",
     "register",
+    "speculate",
 ]

@@ -4,13 +4,17 @@ A folder holds `config.py` (settings, cost), `module.py` (the nn.Module) and `op
 its equation, and a fast one of the same signature where it pays).
 """
 
+from longcat_lab.blocks.context import Cache, ForwardContext
+from longcat_lab.blocks.decoder_layer.config import DecoderLayerConfig
 from longcat_lab.blocks.interface import Block, BlockConfig, Budget, ModelShape, kinds, register, slot
 from longcat_lab.blocks.mla.config import MLAConfig
 from longcat_lab.blocks.moe.config import MoEConfig
+from longcat_lab.blocks.mtp.config import MTPConfig
 from longcat_lab.blocks.ngram_embedding.config import NgramEmbeddingConfig
 from longcat_lab.blocks.rms_norm.config import RMSNormConfig
-from longcat_lab.blocks.rope.config import RopeConfig
+from longcat_lab.blocks.rope.config import RopeConfig, YarnConfig
 from longcat_lab.blocks.scmoe.config import ScMoELayerConfig
+from longcat_lab.blocks.serial_layer.config import SerialLayerConfig
 from longcat_lab.blocks.swiglu.config import SwiGLUConfig
 from longcat_lab.blocks.token_embedding.config import TokenEmbeddingConfig
 
@@ -18,15 +22,21 @@ __all__ = [
     "Block",
     "BlockConfig",
     "Budget",
+    "Cache",
+    "DecoderLayerConfig",
+    "ForwardContext",
     "MLAConfig",
+    "MTPConfig",
     "MoEConfig",
     "ModelShape",
     "NgramEmbeddingConfig",
     "RMSNormConfig",
     "RopeConfig",
     "ScMoELayerConfig",
+    "SerialLayerConfig",
     "SwiGLUConfig",
     "TokenEmbeddingConfig",
+    "YarnConfig",
     "kinds",
     "register",
     "slot",

@@ -16,7 +16,7 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from longcat_lab.node import InnerNodeError, Node, nearest
 
@@ -56,17 +56,25 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What a block may know of the model it stands in: sizes, and the configurations that fill the other roles."""
+    """What a block may know of the model it stands in: sizes, its place, and the configurations that fill the other roles.
+
+    layer_index: number of the layer that is built; attention_index: of the attention inside all layers (2 l + s in a layer of two).
+    """
 
     hidden_size: int
     vocab_size: int
     sequence_length: int
     initializer_range: float = 0.02
+    num_layers: int = 1
+    layer_index: int = 0
+    attention_index: int = 0
     norm: BlockConfig | None = None
     rope: BlockConfig | None = None
     attention: BlockConfig | None = None
     ffn: BlockConfig | None = None
     moe: BlockConfig | None = None
+    layer: BlockConfig | None = None
+    embedding: BlockConfig | None = None
 
 
 class BlockConfig(Node):
@@ -87,12 +95,14 @@ class BlockConfig(Node):
 class Block(nn.Module):
     """Base of the blocks' modules: what the model's initialisation, the optimizer and the logs may ask of a module.
 
-    roles: parameter name (relative to this module) to what the optimizer takes it for: `embedding` or `table`. Others are
+    roles: parameter name (relative to this module) to what the optimizer takes it for: `embedding`, `table`, `router` or `head`. Others are
         `matrix` (two or more dimensions) or `vector`.
+    stacks: parameter name (relative) to the number of matrices that lie one below the other in it (gate and up rows: 2).
     initial_std: parameter name (relative) to the standard deviation it starts with, where the model's own does not serve.
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    stacks: ClassVar[dict[str, int]] = {}
 
     def initial_std(self) -> dict[str, float]:
         return {}
@@ -100,20 +110,39 @@ class Block(nn.Module):
     def after_step(self) -> None:
         """Called once after each optimizer step, outside autograd."""
 
+    def counters(self) -> list[Tensor]:
+        """Integer tensors counted since the last step, to be summed over the ranks that hold other parts of the batch."""
+        return []
+
     def statistics(self) -> dict[str, float]:
-        """Measures of the block's mechanism since they were last read, for the log."""
+        """Measures of the block's mechanism at the last step, for the log."""
         return {}
+
+    def distributions(self) -> dict[str, list[float]]:
+        """Measures that are a list, such as the load of each expert, for the log."""
+        return {}
+
+    def not_engaged(self, measured: dict[str, float]) -> list[str]:
+        """Sentences about a mechanism that was asked for and took no part; `measured`: late means of `statistics`."""
+        return []
 
 
 _KINDS: dict[str, dict[str, type[BlockConfig]]] = {}
+_DEFAULTS: dict[str, str] = {}
 Kind = TypeVar("Kind", bound=type[BlockConfig])
 
 
-def register(role: str) -> Any:
-    """Class decorator: makes a BlockConfig known under `role` and the default of its `kind` field."""
+def register(role: str, default: bool = False) -> Any:
+    """Class decorator: makes a BlockConfig known under `role` and the default of its `kind` field.
+
+    default: this kind is taken where a configuration names none; the first one registered is, where no kind says so.
+    """
 
     def add(kind: Kind) -> Kind:
-        _KINDS.setdefault(role, {})[kind.model_fields["kind"].default] = kind
+        name = kind.model_fields["kind"].default
+        _KINDS.setdefault(role, {})[name] = kind
+        if default or role not in _DEFAULTS:
+            _DEFAULTS[role] = name
         return kind
 
     return add
@@ -128,7 +157,7 @@ def _choose(role: str, value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     found = _KINDS.get(role, {})
-    name = value.get("kind", next(iter(found), None))
+    name = value.get("kind", _DEFAULTS.get(role))
     if not isinstance(name, str) or name not in found:
         raise ValueError(f"there is no {role} kind {name!r}{nearest(str(name), list(found))}")
     try:
@@ -138,5 +167,5 @@ def _choose(role: str, value: Any) -> Any:
 
 
 def slot(role: str) -> Any:
-    """The type of a configuration field that any registered kind of `role` can fill; the first registered is the default."""
+    """The type of a configuration field that any registered kind of `role` can fill."""
     return Annotated[SerializeAsAny[BlockConfig], BeforeValidator(lambda value: _choose(role, value))]

@@ -33,6 +33,9 @@ class RunConfig(Node):
                 f"data.sequence_length {self.data.sequence_length} is above model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}: make one fit the other"
             )
+        growth = self.training.growth
+        if growth and self.model.num_layers % growth.times:
+            raise ValueError(f"training.growth.times {growth.times} does not divide model.num_layers {self.model.num_layers}")
         micro = self.training.micro_batch_size
         if micro and self.data.batch_size % micro:
             raise ValueError(f"training.micro_batch_size {micro} does not divide data.batch_size {self.data.batch_size}")

@@ -10,14 +10,25 @@ from longcat_lab.node import Node
 
 
 class OptimizerConfig(Node):
-    """AdamW with a learning rate for each role of parameter: matrices and vectors, token embeddings, n-gram tables."""
+    """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest; learning rates by role of parameter.
 
+    With `match_rms_adamw` (Moonlight, arXiv 2502.16982 section 2.2) a Muon update has the RMS of an AdamW update, so the two share
+    `learning_rate` and `weight_decay`; `original` (Jordan 2024) wants a larger rate: set `muon_lr_multiplier`.
+    """
+
+    kind: Literal["adamw", "muon"] = Field("adamw", description="muon: for hidden matrices and experts; AdamW for everything else")
     learning_rate: float = Field(3e-3, gt=0, description="peak, for matrices, norms and the head")
     embedding_lr_multiplier: float = Field(1.0, ge=0, description="times learning_rate, for token embeddings")
     table_lr_multiplier: float = Field(1.0, ge=0, description="times learning_rate, for n-gram tables")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-16, gt=0, description="LongCat-Flash trains with 1e-16")
+    muon_lr_multiplier: float = Field(1.0, ge=0, description="times learning_rate, for what Muon trains")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW")
+    eps: float = Field(1e-16, gt=0, description="AdamW; LongCat-Flash trains with 1e-16")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon")
+    nesterov: bool = Field(True, description="Muon: look one step ahead of the momentum")
+    ns_steps: int = Field(5, ge=1, lt=100, description="Muon: Newton-Schulz iterations")
+    muon_eps: float = Field(1e-7, gt=0, description="Muon: smallest norm a matrix is divided by; a smaller gradient makes smaller steps")
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field("match_rms_adamw", description="Muon: learning rate by a matrix's shape")
     weight_decay: float = Field(0.1, ge=0, description="decoupled; matrices only, never embeddings, tables or norms")
     clip_norm: float = Field(1.0, gt=0, description="largest L2 norm of the gradient of everything but n-gram tables")
 
@@ -31,6 +42,14 @@ class ScheduleConfig(Node):
     final_fraction: float = Field(0.05, ge=0, le=1, description="learning rate at the end, as a share of the peak")
 
 
+class GrowthConfig(Node):
+    """Depth growth: train a shallow model first, then stack its layers (LongCat-Flash: 14 layers, then 28)."""
+
+    at_step: int = Field(ge=1, description="optimizer step before which the layers are stacked; data and learning rate go on as they are")
+    times: int = Field(2, ge=2, description="copies of the shallow stack; must divide model.num_layers")
+    moments: Literal["stacked", "fresh"] = Field("stacked", description="the optimizer's state of the copies: copied too, or empty")
+
+
 class TrainingConfig(Node):
     """The loop."""
 
@@ -38,6 +57,11 @@ class TrainingConfig(Node):
     micro_batch_size: int | None = Field(None, ge=1, description="sequences a forward pass; empty: the whole batch at once")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    z_loss_weight: float = Field(
+        0.0, ge=0, description="of the hidden z-loss on the last layer's output; LongCat-Flash: very small, about 1e-7"
+    )
+    growth: GrowthConfig | None = Field(None, description="depth growth; empty: all layers from the start")
+    recompute: bool = Field(False, description="layers run again in backward instead of keeping their activations")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast where the device computes in bf16")
     device: str = Field("auto", description="auto: the accelerator at hand, else cpu")
     threads: int = Field(1, ge=1, description="CPU threads; small models are fastest with one, and the bits follow the number")
@@ -51,6 +75,8 @@ class TrainingConfig(Node):
     def _ordered(self) -> TrainingConfig:
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(f"schedule.warmup_steps is {self.schedule.warmup_steps}, not below steps {self.steps}: lower it")
+        if self.growth and self.growth.at_step >= self.steps:
+            raise ValueError(f"growth.at_step is {self.growth.at_step}, not below steps {self.steps}: lower it")
         return self
 
 

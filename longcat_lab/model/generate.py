@@ -1,21 +1,33 @@
-"""Text from a model, one token after the other."""
+"""Text from a model, one token after the other, with a cache of what the layers keep of earlier tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from longcat_lab.blocks import Cache
+
 
 @torch.no_grad()
 def generate(
-    model: torch.nn.Module, tokens: Tensor, count: int, temperature: float = 0.0, seed: int = 0, stop: int | None = None
+    model: torch.nn.Module,
+    tokens: Tensor,
+    count: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: int | None = None,
+    cached: bool = True,
 ) -> Tensor:
-    """Continues `tokens` by up to `count` tokens. The whole window is computed anew for each token: for a look, not for serving.
+    """Continues `tokens` by up to `count` tokens.
+
+    While all tokens fit into max_position_embeddings each new one costs one pass over itself; beyond, the last
+    max_position_embeddings tokens are computed anew for each (their positions move).
 
     Args:
-        tokens: int64 [T], T at least 1; the last max_position_embeddings of it are seen.
+        tokens: int64 [T], T at least 1.
         temperature: 0 is greedy.
         stop: a token that ends the text (it is kept).
+        cached: False computes everything anew for each token; for comparison.
 
     Returns:
         int64 [T + at most count].
@@ -23,8 +35,13 @@ def generate(
     generator = torch.Generator(device="cpu").manual_seed(seed)
     window, was_training = model.config.max_position_embeddings, model.training
     model.eval()
+    cache = Cache() if cached and len(tokens) <= window else None
+    fresh = tokens[None, -window:]
     for _ in range(count):
-        logits = model(tokens[None, -window:])[0, -1].float().cpu()
+        if cache is not None and cache.length + fresh.shape[1] > window:
+            cache, fresh = None, tokens[None, -window:]
+        hidden = model.hidden(fresh, cache=cache)[:, -1:]
+        logits = model.lm_head(model.norm(hidden))[0, -1].float().cpu()
         if temperature > 0:
             chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         else:
@@ -32,5 +49,6 @@ def generate(
         tokens = torch.cat((tokens, chosen.to(tokens.device)))
         if stop is not None and int(chosen) == stop:
             break
+        fresh = tokens[None, -1:] if cache is not None else tokens[None, -window:]
     model.train(was_training)
     return tokens

@@ -29,8 +29,12 @@ def normal_rows(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, std: float, seed: int) -> None:
-    """Matrices N(0, std^2) or what their block asks for, vectors (gains) one, biases of the router zero."""
+def initialise(model: nn.Module, std: float, seed: int, width_scale: float = 1.0) -> None:
+    """Matrices N(0, std^2 / width_scale) or what their block asks for, vectors (gains) one, biases of the router zero.
+
+    width_scale: s, this width over that of the proxy that `std` was chosen on. Hidden matrices and the head get 1 / s of the
+    variance, embeddings (whose blocks ask for their own) keep theirs. Source: LongCat-Flash (arXiv 2509.01322) section 3.1.
+    """
     own = {
         f"{prefix}.{name}" if prefix else name: value
         for prefix, module in model.named_modules()
@@ -41,4 +45,4 @@ def initialise(model: nn.Module, std: float, seed: int) -> None:
         if parameter.ndim < 2 and name not in own:
             parameter.fill_(1.0)
         else:
-            parameter.copy_(normal_rows(parameter.shape, own.get(name, std), seed, name))
+            parameter.copy_(normal_rows(parameter.shape, own.get(name, std * width_scale**-0.5), seed, name))

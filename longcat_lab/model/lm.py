@@ -2,18 +2,24 @@
 
 tokens [B, T] -> embedding (with n-gram tables beside it, if any)            [B, T, H]
               -> num_layers shortcut layers: 2 x (MLA, dense FFN), 1 mixture  [B, T, H]
-              -> RMSNorm -> untied head                                       [B, T, V] logits
+              -> RMSNorm -> untied head                                       [B, T, V] logits of token t + 1
+              -> MTP, if any: D steps of [embedding of token t + k ; hidden]  [B, T, V] logits of token t + k + 1
 
 What is unusual against a plain transformer: a layer holds two attentions and two dense networks around one mixture whose
-result joins at its end; some experts compute nothing; the input embedding may look tokens up by their predecessors too.
+result joins at its end; some experts compute nothing; the input embedding may look tokens up by their predecessors too; one
+block may be applied several times to predict several tokens ahead. (Other kinds of layer: `serial`, `decoder`.)
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from longcat_lab.blocks.mla.op import causal_document_mask
+from longcat_lab.blocks import Cache, ForwardContext
+from longcat_lab.blocks.mla.op import causal_document_mask, causal_mask
 from longcat_lab.config.model import ModelConfig
 from longcat_lab.config.run import RunConfig
 from longcat_lab.errors import LabError
@@ -21,7 +27,12 @@ from longcat_lab.model.initialise import initialise
 
 
 class LongcatLM(nn.Module):
-    """A causal language model of LongCat's blocks. Parameter names follow the published checkpoints where those have one."""
+    """A causal language model of LongCat's blocks. Parameter names follow the published checkpoints where those have one.
+
+    recompute: layers keep their input alone and run again in backward (less memory, a third more work); not part of the weights.
+    """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,27 +40,78 @@ class LongcatLM(nn.Module):
         self.config = config
         self.embed_tokens = config.embedding.build(shape)
         self.rope = config.rope.build(shape)
-        self.layers = nn.ModuleList(config.layer.build(shape) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(config.layer.build(replace(shape, layer_index=i)) for i in range(config.num_layers))
         self.norm = config.norm.build(shape)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = config.mtp.build(shape) if config.mtp is not None else None
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Logits of the next token.
+    def context(
+        self,
+        like: Tensor,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: Cache | None = None,
+        share: float = 1.0,
+    ) -> ForwardContext:
+        """What the layers of one pass share, for hidden states [B, T, H] of the dtype and on the device of `like`."""
+        length, start = like.shape[1], cache.length if cache is not None else 0
+        mask = None if document_ids is None else causal_document_mask(document_ids)
+        if start:
+            mask = causal_mask(length, start + length, like.device)[None, None]
+        rope = self.rope(length, self.config.attention.qk_rope_head_dim, like, start)
+        return ForwardContext(rope, mask, padding, share, cache)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: Cache | None = None,
+        share: float = 1.0,
+    ) -> Tensor:
+        """The last layer's output [B, T, H], before the final norm.
 
         Args:
             tokens: int64 [B, T], T at most max_position_embeddings.
             document_ids: int64 [B, T], equal inside a document: attention and n-grams do not cross from one to the next.
                 None takes each row for one document.
-
-        Returns:
-            [B, T, vocab_size], before any softmax.
+            padding: bool [B, T], True where there is no token: nothing is routed to a real expert or counted there.
+            cache: of the tokens before these (one document a row); it takes these in.
+            share: of the global batch's tokens that are here (weighs the layers' own losses).
         """
-        x = self.embed_tokens(tokens, document_ids)
-        mask = None if document_ids is None else causal_document_mask(document_ids)
-        rope = self.rope(tokens.shape[1], self.config.attention.qk_rope_head_dim, like=x)
+        x = self.embed_tokens(tokens, document_ids, None if cache is None else cache.tokens)
+        context = self.context(x, document_ids, padding, cache, share)
         for layer in self.layers:
-            x = layer(x, rope, mask)
-        return self.lm_head(self.norm(x))
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
+        if cache is not None:
+            cache.advance(tokens)
+        return x
+
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """Logits [B, T, vocab_size] of the next token, before any softmax; arguments as in `hidden`."""
+        return self.lm_head(self.norm(self.hidden(tokens, document_ids, padding)))
+
+    def ahead(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        share: float = 1.0,
+    ) -> list[Tensor]:
+        """The prediction steps' states, each [B, T, H] and normed for the head; `hidden` is what `hidden()` returned for `tokens`."""
+        start = hidden if self.config.mtp.hidden == "raw" else self.norm(hidden)
+        shared: dict[str, object] = {}
+
+        def context() -> ForwardContext:
+            made = self.context(hidden, document_ids, padding, share=share)
+            made.shared = shared  # a later step may use what an earlier one selected
+            return made
+
+        return self.mtp(start, tokens, self.embed_tokens, context)
 
 
 def build(config: RunConfig | ModelConfig, seed: int | None = None) -> LongcatLM:
@@ -75,5 +137,5 @@ def build(config: RunConfig | ModelConfig, seed: int | None = None) -> LongcatLM
                 "The model does not fit into this machine's memory: `longcat-lab budget` shows which part to make smaller."
             ) from None
         if not next(model.parameters()).is_meta:
-            initialise(model, model_config.initializer_range, seed)
+            initialise(model, model_config.initializer_range, seed, model_config.width_scale)
     return model

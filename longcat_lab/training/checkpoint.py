@@ -14,6 +14,7 @@ from torch import nn
 
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_folder, write_json, write_whole
+from longcat_lab.training.optimizer import Optimizers
 
 WEIGHTS = "model.safetensors"
 
@@ -34,7 +35,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise LabError(f"{path}: these weights cannot be loaded into this model ({why}); delete their folder to train anew.") from None
 
 
-def save(folder: Path, identity: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save(
+    folder: Path, identity: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers, state: dict[str, Any]
+) -> None:
     """Writes `folder/checkpoint-STEP` in one step, then removes older ones."""
     path = folder / f"checkpoint-{step:08d}"
 
@@ -52,7 +55,13 @@ def save(folder: Path, identity: str, step: int, model: nn.Module, optimizer: to
         shutil.rmtree(older)
 
 
-def load_latest(folder: Path, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def latest_step(folder: Path) -> int:
+    """Steps done in the newest checkpoint, 0 if there is none."""
+    found = _all(folder)
+    return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+
+
+def load_latest(folder: Path, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) -> dict[str, Any] | None:
     """Puts the newest checkpoint into model and optimizer; its state (`step` and what was saved with it), or None if there is none.
 
     Raises:
@@ -71,8 +80,8 @@ def load_latest(folder: Path, identity: str, model: nn.Module, optimizer: torch.
         rest = torch.load(latest / "optimizer.pt", weights_only=True, map_location="cpu")
     except Exception:  # whatever torch finds wrong with it
         raise LabError(f"{latest}: this checkpoint is damaged (optimizer.pt cannot be read); delete it to start the run anew.") from None
-    load_weights(model, latest / WEIGHTS)
     optimizer.load_state_dict(rest["optimizer"])
+    load_weights(model, latest / WEIGHTS)
     for name, buffer in _transient(model).items():
         buffer.copy_(rest["buffers"][name])
     torch.set_rng_state(rest["random"])

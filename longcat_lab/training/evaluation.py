@@ -9,6 +9,7 @@ from torch import nn
 from longcat_lab.config import RunConfig
 from longcat_lab.data import Corpus, bits_per_byte, evaluation_batches, label_bytes, scored, shuffled
 from longcat_lab.training.device import autocast
+from longcat_lab.training.prediction import accepted_length, evaluate_steps
 
 SHUFFLE_SEED = 0  # of the negative control; the same for all runs, so that arms are compared on the same text
 
@@ -37,11 +38,15 @@ def evaluate(model: nn.Module, corpus: Corpus, config: RunConfig, split: str, co
 
 
 def evaluate_all(model: nn.Module, corpus: Corpus, config: RunConfig) -> dict[str, float]:
-    """validation_bpb, shuffled_bpb (validation text with its token order destroyed), and out_of_distribution_bpb if there is such text."""
+    """validation_bpb, shuffled_bpb (validation text with its token order destroyed), out_of_distribution_bpb if there is such text, and
+    the measures of `prediction.py` if the model predicts further ahead; all bits per byte are of the trunk alone.
+    """
     found = {
         "validation_bpb": evaluate(model, corpus, config, "validation"),
         "shuffled_bpb": evaluate(model, corpus, config, "validation", control=True),
     }
     if "out_of_distribution" in corpus.splits:
         found["out_of_distribution_bpb"] = evaluate(model, corpus, config, "out_of_distribution")
+    if config.model.mtp is not None:
+        found.update({**evaluate_steps(model, corpus, config), **accepted_length(model, corpus, config)})
     return found

@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from longcat_lab.blocks import Block
 from longcat_lab.budget import totals
 from longcat_lab.config import RunConfig
-from longcat_lab.data import IGNORED, Batch, Loader, prepare
+from longcat_lab.data import Batch, Loader, prepare
 from longcat_lab.data.batch import window_count
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json, write_whole
 from longcat_lab.model import build
-from longcat_lab.training import checkpoint, device, provenance
+from longcat_lab.training import checkpoint, device, growth, mechanisms, provenance
 from longcat_lab.training.evaluation import evaluate, evaluate_all
-from longcat_lab.training.optimizer import clip, make_optimizer, set_learning_rate
+from longcat_lab.training.loss import plan_step, step_loss
+from longcat_lab.training.optimizer import clip, make_optimizer, set_learning_rate, split, split_table
 from longcat_lab.training.run import Run
 from longcat_lab.training.schedule import learning_rate_factor
 from longcat_lab.training.sitting import alone_in, finish_the_step
@@ -76,20 +74,19 @@ class _Session:
         self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
         self.identity = identity
         self.corpus = prepare(config.data, config.model.vocab_size)
-        for split in self.corpus.splits:  # now, and not when training is over
-            window_count(self.corpus.split(split), config.data.sequence_length)
+        for held in self.corpus.splits:  # now, and not when training is over
+            window_count(self.corpus.split(held), config.data.sequence_length)
         self.device = device.choose(config.training.device)
         torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
-        self.model = build(config).to(self.device).train()
-        self.optimizer = make_optimizer(self.model, config.training.optimizer)
+        self._assemble(checkpoint.latest_step(folder))
         self.loader = Loader(
             self.corpus.split("train"),
             config.data.sequence_length,
             config.data.batch_size,
             config.data.seed * DATA_SEED_STRIDE + config.seed,
         )
-        # Since the last logged row: summed loss, steps, seconds.
-        self.window = {"loss": 0.0, "steps": 0, "seconds": 0.0}
+        # Since the last logged row: summed losses, steps, seconds.
+        self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
         self.seconds, self.step, self.initial = 0.0, 0, {}
         self._resume()
         self.sinks = [FileTracker(folder, self.step)]
@@ -107,9 +104,27 @@ class _Session:
             "final": {},
         }
         write_json(folder / "run.json", self.record)
+        table = split_table(split(self.model, config.training.optimizer, config.model.width_scale))
+        write_whole(folder / "optimizer.txt", lambda path: path.write_text(table + "\n", encoding="utf-8"))
         difference = provenance.uncommitted_changes()
         if difference:
             write_whole(folder / "uncommitted.diff", lambda path: path.write_text(difference, encoding="utf-8"))
+
+    def _assemble(self, step: int) -> None:
+        """Model and optimizer as they are when `step` steps are done: shallow until the step at which the layers are stacked."""
+        config, growing = self.config, self.config.training.growth
+        self.shallow = growing is not None and step <= growing.at_step
+        self.model = build(growth.shallow(config) if self.shallow else config).to(self.device).train()
+        self.model.recompute = config.training.recompute
+        self.optimizer = make_optimizer(self.model, config.training.optimizer, config.model.width_scale)
+        self._matrix_rate = next(group["peak"] for group in self.optimizer.param_groups if group["role"] == "matrix")
+
+    def _grow(self) -> None:
+        small, before, at = self.model, self.optimizer, self.config.training.growth.at_step
+        self._assemble(at + 1)
+        growth.stack(small, self.model)
+        if self.config.training.growth.moments == "stacked":
+            growth.stack_moments(small, before, self.model, self.optimizer)
 
     def _resume(self) -> None:
         state = checkpoint.load_latest(self.folder, self.identity, self.model, self.optimizer)
@@ -145,28 +160,30 @@ class _Session:
         """Steps until the last one; True if it was stopped before."""
         from tqdm.auto import tqdm
 
-        training, told = self.config.training, 0.0
+        training, shown = self.config.training, 0.0
         tokens = self.config.data.batch_size * self.config.data.sequence_length
         with tqdm(total=training.steps, initial=self.step, disable=not self.progress, unit="step", mininterval=0.5) as bar:
             while self.step < training.steps:
+                if self.shallow and self.step == training.growth.at_step:
+                    self._grow()
                 started = time.perf_counter()
-                loss, norm = self._one_step(next(self.loader))
+                told, norm = self._one_step(next(self.loader))
+                loss = told["loss"]
                 self.step += 1
                 spent = time.perf_counter() - started
                 self.seconds += spent
-                self.window = {
-                    "loss": self.window["loss"] + loss,
-                    "steps": self.window["steps"] + 1,
-                    "seconds": self.window["seconds"] + spent,
-                }
+                for key, value in told.items():
+                    self.window["sums"][key] = self.window["sums"].get(key, 0.0) + value
+                self.window["steps"] += 1
+                self.window["seconds"] += spent
                 if not math.isfinite(loss):
                     raise LabError(f"The loss is {loss} at step {self.step}: lower training.optimizer.learning_rate or raise warmup_steps.")
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if self.step % training.log_every == 0 or self.step == training.steps:
                     self._log(norm, tokens)
-                if time.monotonic() - told > 1 or self.step == training.steps:
-                    told = time.monotonic()
+                if time.monotonic() - shown > 1 or self.step == training.steps:
+                    shown = time.monotonic()
                     self._tell(loss, tokens)
                 if self.step % training.checkpoint_every == 0 and self.step < training.steps:
                     self._checkpoint()
@@ -175,51 +192,40 @@ class _Session:
                     return True
         return False
 
-    def _one_step(self, batch: Batch) -> tuple[float, float]:
-        """One optimizer step on a global batch: its mean loss (nats a label) and its gradient norm before clipping."""
+    def _one_step(self, batch: Batch) -> tuple[dict[str, float], float]:
+        """One optimizer step on a global batch: its losses (`loss`: nats a label) and its gradient norm before clipping."""
         training = self.config.training
         set_learning_rate(self.optimizer, learning_rate_factor(self.step, training.steps, training.schedule))
-        labels_in_batch = int((batch.labels != IGNORED).sum())
-        size, total = training.micro_batch_size or len(batch.tokens), 0.0
-        for start in range(0, len(batch.tokens), size):
+        plan, told = plan_step(batch, self.config, self.step), {}
+        size, sequences = training.micro_batch_size or len(batch.tokens), len(batch.tokens)
+        for start in range(0, sequences, size):
             part = [t[start : start + size].to(self.device) for t in (batch.tokens, batch.labels, batch.document_ids)]
-            loss = self._loss(*part) / max(labels_in_batch, 1)
+            loss, parts = step_loss(self.model, *part, self.config, plan, len(part[0]) / sequences)
             loss.backward()
-            total += float(loss.detach())
+            told = {key: told.get(key, 0.0) + value for key, value in parts.items()}
         norm = clip(self.optimizer, training.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for block in self._blocks().values():
-            block.after_step()
-        return total, norm
-
-    def _loss(self, tokens: Tensor, labels: Tensor, document_ids: Tensor) -> Tensor:
-        """Summed cross entropy in nats over the labels that are not ignored."""
-        with device.autocast(self.device, self.config.training.precision):
-            logits = self.model(tokens, document_ids)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-
-    def _blocks(self) -> dict[str, Block]:
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, Block)}
-
-    def _statistics(self) -> dict[str, float]:
-        return {f"{name}/{key}": value for name, block in self._blocks().items() for key, value in block.statistics().items()}
+        mechanisms.after_step(self.model)
+        return told, norm
 
     def _log(self, norm: float, tokens: int) -> None:
         training, window = self.config.training, self.window
+        sums = {key: value / window["steps"] for key, value in window["sums"].items()}
         row = {
             "step": self.step,
             "tokens": self.step * tokens,
-            "loss": window["loss"] / window["steps"],
-            "learning_rate": training.optimizer.learning_rate * learning_rate_factor(self.step - 1, training.steps, training.schedule),
+            "loss": sums.pop("loss"),
+            "learning_rate": self._matrix_rate * learning_rate_factor(self.step - 1, training.steps, training.schedule),
             "gradient_norm": norm,
             "tokens_per_second": window["steps"] * tokens / window["seconds"],
             "seconds": self.seconds,
-            **self._statistics(),
+            **sums,
+            **mechanisms.statistics(self.model),
         }
         if training.evaluate_every and (self.step % training.evaluate_every == 0):
             row["validation_bpb"] = evaluate(self.model, self.corpus, self.config, "validation")
-        self.window = {"loss": 0.0, "steps": 0, "seconds": 0.0}
+        self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
         for sink in self.sinks:
             sink.log(row)
 
@@ -250,18 +256,16 @@ class _Session:
         found = evaluate_all(self.model, self.corpus, self.config)
         batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
         self.record["timings"]["evaluation_seconds"] = time.perf_counter() - started
-        late = rows[-max(1, len(rows) // 5) :]  # mechanisms are judged where the model has settled
-        mechanism: dict[str, list[float]] = {}
-        for name, value in ((name, value) for row in late for name, value in row.items() if "/" in name):
-            mechanism.setdefault(name.rsplit("/", 1)[1], []).append(value)
+        means = mechanisms.late_means(rows)
+        self.record["not_engaged"] = mechanisms.not_engaged(self.model, means)
         return {
             **found,
-            "train_loss": late[-1]["loss"],
+            "train_loss": rows[-1]["loss"],
             "tokens": rows[-1]["tokens"],
             "epochs": self.loader.epoch,
             **self.initial,
             "embedding_rms_final": self._embedding_rms(batch),
-            **{key: sum(values) / len(values) for key, values in mechanism.items()},
+            **mechanisms.over_blocks(means),
         }
 
     def _close(self, status: str, reason: str | None) -> None:

@@ -1,51 +1,197 @@
-"""Which parameter is trained how: roles, learning rates, decay and clipping."""
+"""Which parameter is trained how: roles, optimizers, learning rates, decay and clipping.
+
+A block says what a parameter is (`Block.roles`) and into how many matrices its rows divide (`Block.stacks`); the configuration says
+what that means. `split` writes the outcome down parameter by parameter, and `make_optimizer` builds what `split` says.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from longcat_lab.blocks import Block
 from longcat_lab.config import OptimizerConfig
+from longcat_lab.errors import LabError
+from longcat_lab.node import nearest
+from longcat_lab.training.muon import StackedMuon
+
+# Roles whose weights multiply activations: they decay, and their learning rate follows the width of the model.
+PRODUCTS = ("matrix", "head", "router")
+ROLES = (*PRODUCTS, "embedding", "table", "vector")
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """How one parameter is trained.
+
+    optimizer: `adamw` or `muon`. stack: matrices one below the other in its last two dimensions, which Muon takes one by one.
+    learning_rate: the peak, which the schedule multiplies; Muon multiplies it by a factor of the matrix's shape too.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    stack: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+
+
+class Optimizers:
+    """Several optimizers that share a model, with the face of one: what the loop and the checkpoints ask of it."""
+
+    def __init__(self, parts: dict[str, torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups themselves, so that a learning rate set here is the one that is taken."""
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises LabError where the state was saved by other optimizers; nothing has been loaded then."""
+        if state.keys() != self.parts.keys():
+            raise LabError(
+                f"This optimizer state holds {', '.join(sorted(state))}, but the run trains with {', '.join(sorted(self.parts))}: "
+                "set training.optimizer.kind as it was, or delete the checkpoint."
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 def roles(model: nn.Module) -> dict[str, str]:
-    """Role of each parameter by name: what its block declares (`embedding`, `table`), else `matrix` or `vector` by its shape."""
-    declared = {
-        f"{prefix}.{name}" if prefix else name: role
-        for prefix, module in model.named_modules()
-        if isinstance(module, Block)
-        for name, role in module.roles.items()
-    }
+    """Role of each parameter by name: what its block declares, `head` for the output head, else `matrix` or `vector` by its shape."""
+    # The head is a plain linear map of the model, which is no block that could declare it, and has this name in every checkpoint.
+    declared = {"lm_head.weight": "head", **_declared(model, "roles")}
     return {name: declared.get(name, "matrix" if p.ndim > 1 else "vector") for name, p in model.named_parameters()}
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with a group a role; `group["peak"]` is the role's peak learning rate, `group["role"]` its name."""
-    multiplier = {"embedding": config.embedding_lr_multiplier, "table": config.table_lr_multiplier}
-    by_role: dict[str, list[nn.Parameter]] = {}
-    names = roles(model)
-    for name, parameter in model.named_parameters():
-        by_role.setdefault(names[name], []).append(parameter)
-    groups = [
-        {
-            "params": parameters,
-            "role": role,
-            "peak": config.learning_rate * multiplier.get(role, 1.0),
-            "lr": config.learning_rate * multiplier.get(role, 1.0),
-            "weight_decay": config.weight_decay if role == "matrix" else 0.0,
-        }
-        for role, parameters in by_role.items()
-    ]
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+def split(model: nn.Module, config: OptimizerConfig, width_scale: float = 1.0) -> list[Assignment]:
+    """How each parameter is trained, in the model's order.
+
+    Muon, if chosen, takes the role `matrix`: a parameter [m, n] as one matrix, [..., m, n] as a stack of them, and where its block
+    declares `stacks` the rows of each as so many matrices one below the other. Embeddings, tables, vectors, head and router have AdamW.
+
+    Args:
+        width_scale: s = hidden size / the width at which the learning rate was tuned. AdamW's rate of matrices, head and router is
+            divided by it; decay, which is rate times `weight_decay`, shrinks along. Embeddings and tables keep theirs, as do vectors
+            (norm gains, which the source does not name). Muon's is not scaled: the rule is Adam's, and rules for the spectral
+            size of an update do not compose with it. (`original` makes steps whose spectral size does not grow with the width.)
+
+    Raises:
+        LabError: a block declares a role that does not exist, or a division that its parameter does not allow.
+
+    Source of the rule for the width: "Adam LR Full Align" in LongCat-Flash (arXiv 2509.01322); the initial weights have theirs.
+    """
+    declared, stacks = roles(model), _declared(model, "stacks")
+    return [_assign(name, tuple(p.shape), declared[name], stacks.get(name, 1), config, width_scale) for name, p in model.named_parameters()]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def _assign(name: str, shape: tuple[int, ...], role: str, stack: int, config: OptimizerConfig, width_scale: float) -> Assignment:
+    if role not in ROLES:
+        raise LabError(f"{name}: its block declares the role '{role}'{nearest(role, list(ROLES))}")
+    optimizer = "muon" if config.kind == "muon" and role == "matrix" else "adamw"
+    if optimizer == "muon" and (len(shape) < 2 or stack < 1 or shape[-2] % stack):
+        raise LabError(
+            f"{name}: {list(shape)} does not divide into {stack} matrices one below the other: correct `stacks` or `roles` of its block."
+        )
+    multiplier = {"embedding": config.embedding_lr_multiplier, "table": config.table_lr_multiplier}.get(role, 1.0)
+    if optimizer == "muon":
+        multiplier = config.muon_lr_multiplier
+    elif role in PRODUCTS:
+        multiplier = multiplier / width_scale
+    decay = config.weight_decay if role in PRODUCTS else 0.0
+    return Assignment(name, shape, role, stack, optimizer, config.learning_rate * multiplier, decay)
+
+
+def _declared(model: nn.Module, attribute: str) -> dict[str, Any]:
+    """What blocks declare of their parameters, by the parameters' names in the model."""
+    return {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, module in model.named_modules()
+        if isinstance(module, Block)
+        for name, value in getattr(module, attribute, {}).items()
+    }
+
+
+def split_table(rows: list[Assignment]) -> str:
+    """`split` as text: one line for what is alike in all layers (numbers in names become `*`), then a line of sums."""
+    alike: dict[tuple[str, ...], int] = {}
+    size: dict[str, int] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
+        line = (pattern, _shape(row), row.role, row.optimizer, f"{row.learning_rate:g}", f"{row.weight_decay:g}")
+        alike[line] = alike.get(line, 0) + 1
+        size[row.optimizer] = size.get(row.optimizer, 0) + torch.Size(row.shape).numel()
+    lines = [("parameter", "tensors", "shape", "role", "optimizer", "learning rate", "weight decay")]
+    lines += [(line[0], str(count), *line[1:]) for line, count in alike.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, ", ".join(f"{name}: {count:,} parameters" for name, count in sorted(size.items()))])
+
+
+def _shape(row: Assignment) -> str:
+    sizes = [str(size) for size in row.shape]
+    if row.stack > 1:
+        sizes[-2] = f"{row.stack}x{row.shape[-2] // row.stack}"
+    return f"[{', '.join(sizes)}]"
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig, width_scale: float = 1.0) -> torch.optim.Optimizer | Optimizers:
+    """What `split` says, as one AdamW or as Optimizers; `group["peak"]` is a group's peak learning rate, `group["role"]` its role.
+
+    Where AdamW trains all, head and router stand in the group of the matrices: they are trained alike, and the order in which
+    `clip` sums (hence the last bit of the norm) is that of the groups.
+    """
+    parts: dict[str, dict[Any, dict[str, Any]]] = {}
+    parameters = dict(model.named_parameters())
+    for row in split(model, config, width_scale):
+        role = "matrix" if config.kind == "adamw" and row.role in PRODUCTS else row.role
+        stack = row.stack if row.optimizer == "muon" else 1
+        part = "stacked_muon" if row.optimizer == "muon" and (stack > 1 or len(row.shape) > 2) else row.optimizer
+        rates = {"role": role, "peak": row.learning_rate, "lr": row.learning_rate, "weight_decay": row.weight_decay}
+        group = parts.setdefault(part, {}).setdefault((role, stack), {"params": [], **rates})
+        group["params"].append(parameters[row.name])
+        if part == "stacked_muon":
+            group["stack"] = stack
+    made = {part: _make(part, list(groups.values()), config) for part, groups in parts.items()}
+    return next(iter(made.values())) if len(made) == 1 else Optimizers(made)
+
+
+def _make(part: str, groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    if part == "adamw":
+        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return {"muon": torch.optim.Muon, "stacked_muon": StackedMuon}[part](
+        groups,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        eps=config.muon_eps,
+        adjust_lr_fn=config.adjust_lr_fn,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer | Optimizers, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
 
 
-def clip(optimizer: torch.optim.Optimizer, largest: float) -> float:
+def clip(optimizer: torch.optim.Optimizer | Optimizers, largest: float) -> float:
     """Scales the gradients of everything but n-gram tables to an L2 norm of at most `largest`; the norm before.
 
     Tables stay out: their gradient's norm follows the number of rows hit, and would set the step of all others.

@@ -35,9 +35,15 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Status, budget, final metrics and seconds, in one flat mapping."""
+        """Status, budget, final metrics, seconds, and which mechanisms did not engage, in one flat mapping."""
         record = self.record
-        return {"status": record.get("status"), **record.get("budget", {}), **record.get("final", {}), **record.get("timings", {})}
+        return {
+            "status": record.get("status"),
+            "not_engaged": record.get("not_engaged", []),
+            **record.get("budget", {}),
+            **record.get("final", {}),
+            **record.get("timings", {}),
+        }
 
     @functools.cached_property
     def metrics(self) -> pandas.DataFrame:

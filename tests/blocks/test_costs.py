@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longcat_lab.blocks import Block, BlockConfig, MLAConfig, MoEConfig, NgramEmbeddingConfig, kinds
+from longcat_lab.blocks import Block, BlockConfig, ForwardContext, MLAConfig, MoEConfig, NgramEmbeddingConfig, kinds
 from longcat_lab.blocks.mla.op import attention_reference
 from longcat_lab.blocks.moe.experts_op import experts_reference
 from longcat_lab.budget import budget, totals
@@ -27,8 +27,15 @@ def shape_and_config(role, kind, **settings):
 def inputs(role, shape, rope_width):
     """Arguments of a forward pass of one sequence."""
     tokens, x = torch.randint(0, shape.vocab_size, (1, LENGTH)), torch.randn(1, LENGTH, shape.hidden_size)
-    rope = tuple(torch.randn(2, LENGTH, rope_width // 2))
-    return {"embedding": (tokens,), "ngram": (tokens,), "attention": (x, rope, None), "layer": (x, rope, None)}.get(role, (x,))
+    context = ForwardContext(tuple(torch.randn(2, LENGTH, rope_width // 2)))
+    trunk = torch.nn.Embedding(shape.vocab_size, shape.hidden_size)
+    return {
+        "embedding": (tokens,),
+        "ngram": (tokens,),
+        "attention": (x, context),
+        "layer": (x, context),
+        "mtp": (x, tokens, trunk, lambda: context),
+    }.get(role, (x,))
 
 
 def built(role, shape, config):
@@ -64,7 +71,9 @@ def test_flops_are_those_of_the_built_module(role, kind, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         module(*inputs(role, shape, a.qk_rope_head_dim))
     counted = counter.get_total_flops() / LENGTH
-    attentions = {"attention": 1, "layer": 2}.get(role, 0)
+    if role == "mtp":  # the head is the trunk's module and is applied outside
+        counted += config.num_nextn_predict_layers * 2 * shape.hidden_size * shape.vocab_size
+    attentions = {"attention": 1, "layer": 1 if kind == "decoder" else 2, "mtp": 1}.get(role, 0)
     core = 2 * a.num_attention_heads * (a.qk_head_dim + a.v_head_dim) * attentions
     assert counted - core * LENGTH == pytest.approx(config.budget(shape).flops_per_token - core * (LENGTH + 1) / 2, rel=1e-12)
 
@@ -87,7 +96,7 @@ def test_state_bytes_are_those_of_the_latents():
     shape, config = shape_and_config("attention", "mla")
     module = config.build(shape)
     x = torch.randn(1, LENGTH, shape.hidden_size)
-    kept = module.latents(x, inputs("attention", shape, config.qk_rope_head_dim)[1])
+    kept = module.latents(x, inputs("attention", shape, config.qk_rope_head_dim)[1].rope)
     assert sum(t.to(torch.bfloat16).nbytes for t in kept) == LENGTH * config.budget(shape).state_bytes_per_token
 
 

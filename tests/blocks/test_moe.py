@@ -5,14 +5,15 @@ import torch
 from torch.autograd import gradcheck
 
 from longcat_lab.blocks import MoEConfig
+from longcat_lab.blocks.moe.balance_op import budget_error, controller_step
 from longcat_lab.blocks.moe.experts_op import experts, experts_grouped, experts_reference
-from longcat_lab.blocks.moe.router_op import budget_bias_step, route_reference
+from longcat_lab.blocks.moe.router_op import route_reference
 from longcat_lab.config import ConfigError, load
 
 
 def problem(tokens=37, hidden=16, n_routed=5, zero=3, topk=3, inner=8, dtype=torch.float64):
     u = torch.randn(tokens, hidden, dtype=dtype)
-    slots, weights = route_reference(u, torch.randn(n_routed + zero, hidden, dtype=dtype), torch.zeros(n_routed + zero), topk, 2.0)
+    slots, weights, _ = route_reference(u, torch.randn(n_routed + zero, hidden, dtype=dtype), torch.zeros(n_routed + zero), topk, 2.0)
     return (
         u,
         slots,
@@ -24,7 +25,7 @@ def problem(tokens=37, hidden=16, n_routed=5, zero=3, topk=3, inner=8, dtype=tor
 
 def test_weights_are_scaled_probabilities_over_all_slots_without_renormalisation():
     u, classifier = torch.randn(11, 6, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
-    slots, weights = route_reference(u, classifier, torch.zeros(7), 3, 5.0)
+    slots, weights, _ = route_reference(u, classifier, torch.zeros(7), 3, 5.0)
     for t in range(11):
         p = torch.exp(classifier @ u[t]) / torch.exp(classifier @ u[t]).sum()
         assert sorted(slots[t].tolist()) == sorted(p.argsort(descending=True)[:3].tolist())
@@ -34,13 +35,13 @@ def test_weights_are_scaled_probabilities_over_all_slots_without_renormalisation
 def test_bias_moves_the_selection_and_not_the_weights():
     u, classifier, bias = torch.randn(11, 6), torch.randn(7, 6), torch.zeros(7)
     bias[4] = 10.0
-    slots, weights = route_reference(u, classifier, bias, 1, 1.0)
+    slots, weights, _ = route_reference(u, classifier, bias, 1, 1.0)
     assert (slots == 4).all()
     torch.testing.assert_close(weights[:, 0], (u @ classifier.T).softmax(-1)[:, 4])
 
 
 def test_scores_are_fp32_for_a_bf16_input():
-    _, weights = route_reference(torch.randn(5, 8).bfloat16(), torch.randn(4, 8), torch.zeros(4), 2, 1.0)
+    _, weights, _ = route_reference(torch.randn(5, 8).bfloat16(), torch.randn(4, 8), torch.zeros(4), 2, 1.0)
     assert weights.dtype == torch.float32
 
 
@@ -119,13 +120,14 @@ def test_identity_experts_do_not_make_the_grouped_product_longer(monkeypatch):
 
 def test_bias_step_is_the_published_rule():
     counts = torch.tensor([10, 0, 30, 40])  # 2 real experts, 2 zero-experts; 40 tokens, 2 picks each
-    step = budget_bias_step(counts, tokens=40, topk=2, expected_real_experts=1.0, n_routed=2, rate=0.5)
-    torch.testing.assert_close(step, torch.tensor([0.5 * (1 / 4 - 10 / 80), 0.5 * (1 / 4), 0.0, 0.0]))
+    error = budget_error(counts, tokens=40, topk=2, expected_real_experts=1.0, n_routed=2)
+    step = controller_step(torch.stack((error, torch.zeros(4), torch.zeros(4))), 0.0, 0.5, 0.0)
+    torch.testing.assert_close(step, torch.tensor([0.5 * (1 / 4 - 10 / 80), 0.5 * (1 / 4), 0.0, 0.0]).double())
 
 
 def test_bias_stands_still_exactly_at_its_target():
     counts = torch.tensor([20, 20, 20, 20])
-    assert budget_bias_step(counts, 40, 2, 1.0, 2, 0.3).abs().max() == 0
+    assert budget_error(counts, 40, 2, 1.0, 2).abs().max() == 0
 
 
 def test_controller_reaches_a_budget_that_a_uniform_rule_cannot():

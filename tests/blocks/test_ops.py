@@ -96,6 +96,7 @@ def test_attention_gradient():
 
 def test_mla_equals_an_implementation_written_token_by_token():
     """The latent form, head by head and token by token, from DeepSeek-V2's equations with LongCat's scales."""
+    from longcat_lab.blocks import ForwardContext
     from longcat_lab.config import load
 
     shape = load("tiny").model.shape()
@@ -106,7 +107,7 @@ def test_mla_equals_an_implementation_written_token_by_token():
     length, heads, nope = 6, config.num_attention_heads, config.qk_nope_head_dim
     x = doubles(1, length, shape.hidden_size)
     angles = rope_angles(torch.arange(length), config.qk_rope_head_dim, 10_000.0)
-    out = module(x, (angles.cos(), angles.sin()), None)[0]
+    out = module(x, ForwardContext((angles.cos(), angles.sin())))[0]
 
     def turn(vector, position):
         return rotate_reference(vector[None], angles[position : position + 1].cos(), angles[position : position + 1].sin())[0]

@@ -169,7 +169,7 @@ def test_roles_decide_rate_decay_and_clipping():
     model = build(config)
     found = roles(model)
     assert found["embed_tokens.tables"] == "table" and found["embed_tokens.weight"] == "embedding"
-    assert found["lm_head.weight"] == "matrix" and found["norm.weight"] == "vector"
+    assert found["lm_head.weight"] == "head" and found["norm.weight"] == "vector"
     optimizer = make_optimizer(model, config.training.optimizer)
     groups = {group["role"]: group for group in optimizer.param_groups}
     assert sum(p.numel() for g in groups.values() for p in g["params"]) == sum(p.numel() for p in model.parameters())

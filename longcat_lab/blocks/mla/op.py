@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """bool [queries, keys]: query t stands at position keys - queries + t and sees itself and what came before."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
 def causal_document_mask(document_ids: Tensor) -> Tensor:
     """True where a query may look: at its own document, not ahead of itself.
 
@@ -18,27 +23,27 @@ def causal_document_mask(document_ids: Tensor) -> Tensor:
     Returns:
         bool [B, 1, T, T] (query, key), to be broadcast over heads.
     """
-    length = document_ids.shape[-1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    causal = causal_mask(document_ids.shape[-1], document_ids.shape[-1], document_ids.device)
     return ((document_ids[:, :, None] == document_ids[:, None, :]) & causal)[:, None]
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over the visible s.
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """o_t = sum_s softmax_s(scale * q_t . k_s) v_s over the visible s.
 
     Args:
-        q, k: [B, heads, T, d]; v: [B, heads, T, d_v].
-        mask: bool [B, 1, T, T], True where visible; None means plain causal.
+        q: [B, heads, T, d]; k: [B, heads, S, d]; v: [B, heads, S, d_v].
+        mask: bool [B or 1, 1, T, S], True where visible; None means plain causal.
+        scale: 1 / sqrt(d) where left out.
 
     Returns:
         [B, heads, T, d_v].
     """
     if mask is None:
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+        mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
+    scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """`attention_reference` by torch's fused kernel of the device at hand."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)

@@ -1,20 +1,27 @@
-"""Weighted sum of the picked experts; picks of identity experts cost one addition and no matrix product."""
+"""Weighted sum of the picked experts; picks of zero-computation experts cost one addition and no matrix product."""
 
 from __future__ import annotations
 
 import functools
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What a zero-computation expert (slot N and above) returns: its input times the pick's weight, its input as it is, or nothing.
+ZeroExpertType = Literal["identity", "copy", "drop"]
 
-def experts_reference(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+
+def experts_reference(
+    u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, zero_expert_type: ZeroExpertType = "identity"
+) -> Tensor:
     """MoE(u_t) = sum_{i in S_t, i < N} g_ti FFN_i(u_t) + (sum_{i in S_t, i >= N} g_ti) u_t.
 
     Args:
         u: [T, H]; slots: int64 [T, K]; weights: [T, K].
         gate_up: [N, 2 F, H] (gate rows first); down: [N, H, F].
+        zero_expert_type: "identity" is the sum above; "copy" forces g_ti to 1 for i >= N, "drop" forces it to 0.
 
     Returns:
         [T, H], in u's dtype.
@@ -22,7 +29,8 @@ def experts_reference(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor
     Source: LongCat-Flash (arXiv 2509.01322) eq. 1; an identity expert returns the MoE's own (normed) input.
     """
     n_routed = gate_up.shape[0]
-    out = (weights * (slots >= n_routed)).sum(-1, keepdim=True).to(u.dtype) * u
+    forced = {"identity": weights, "copy": torch.ones_like(weights), "drop": torch.zeros_like(weights)}[zero_expert_type]
+    out = (forced * (slots >= n_routed)).sum(-1, keepdim=True).to(u.dtype) * u
     for i in range(n_routed):
         token, pick = torch.where(slots == i)
         gate, up = F.linear(u[token], gate_up[i]).chunk(2, -1)
@@ -32,7 +40,7 @@ def experts_reference(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor
 
 
 def experts_grouped(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """`experts_reference` by one grouped product a layer: real picks are sorted by expert, the others never leave their place.
+    """The real experts' part by one grouped product a layer: real picks are sorted by expert, the others never leave their place.
 
     The sum over a token's picks runs over a dense [T, K, H] in a fixed order, so that the result does not depend on how a
     scatter-add happens to be scheduled.
@@ -49,15 +57,57 @@ def experts_grouped(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, 
         gate, up = F.grouped_mm(u[picks // topk], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
         computed = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
         values = values.index_copy(0, picks, computed * weights.flatten()[picks, None].to(u.dtype))
-    identity = (weights * (slots >= n_routed)).sum(-1, keepdim=True).to(u.dtype) * u
-    return identity + values.view(tokens, topk, -1).sum(1)
+    return values.view(tokens, topk, -1).sum(1)
 
 
-def experts(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """`experts_reference`, by the grouped product where torch has one for this device and dtype (widths in 16-byte rows)."""
+def zero_experts(u: Tensor, slots: Tensor, weights: Tensor, n_routed: int, zero_expert_type: ZeroExpertType) -> Tensor | None:
+    """The zero-computation experts' part, [T, H]; None where it is known to be nothing.
+
+    Raises:
+        ValueError: a zero_expert_type that there is not.
+    """
+    if zero_expert_type not in get_args(ZeroExpertType):
+        raise ValueError(f"zero_expert_type is '{zero_expert_type}', and can be {', '.join(get_args(ZeroExpertType))}")
+    zero = slots >= n_routed
+    # Asking for a value makes an accelerator wait; on a CPU it spares the additions of a mixture without such experts.
+    if zero_expert_type == "drop" or (u.device.type == "cpu" and not torch.compiler.is_compiling() and not zero.any()):
+        return None
+    share = (weights * zero).sum(-1, keepdim=True) if zero_expert_type == "identity" else zero.sum(-1, keepdim=True)
+    return share.to(u.dtype) * u
+
+
+def experts(
+    u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, zero_expert_type: ZeroExpertType = "identity"
+) -> Tensor:
+    """`experts_reference`, its real part by what is fastest here: the compiled operator on a CPU in fp32 and fp64, else the grouped
+    product where torch has one for this device and dtype (widths in 16-byte rows), else the reference.
+    """
+    passed = zero_experts(u, slots, weights, gate_up.shape[0], zero_expert_type)
+    if _kernel_takes(u, gate_up, down):
+        from longcat_kernels import mixture
+
+        real = mixture(u, slots, weights.to(u.dtype), gate_up, down)
+    elif _grouped_takes(u, gate_up, down):
+        real = experts_grouped(u, slots, weights, gate_up, down)
+    else:
+        real = experts_reference(u, slots, weights, gate_up, down, "drop")
+    return real if passed is None else real + passed
+
+
+def _kernel_takes(u: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    fits = u.device.type == "cpu" and u.dtype in (torch.float32, torch.float64) and u.dtype == gate_up.dtype == down.dtype
+    if not fits or 0 in gate_up.shape[1:] or torch.compiler.is_compiling():
+        return False
+    try:
+        from longcat_kernels import usable  # here: compiles on its first call
+    except ImportError:  # an installation of longcat_lab alone
+        return False
+    return usable()
+
+
+def _grouped_takes(u: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     aligned = all(size * u.element_size() % 16 == 0 for size in (u.shape[-1], down.shape[-1]))
-    grouped = aligned and u.dtype == gate_up.dtype and _has_grouped_product(u.device, u.dtype)
-    return (experts_grouped if grouped else experts_reference)(u, slots, weights, gate_up, down)
+    return aligned and u.dtype == gate_up.dtype and _has_grouped_product(u.device, u.dtype)
 
 
 @functools.cache

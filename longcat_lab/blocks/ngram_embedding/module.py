@@ -21,6 +21,7 @@ class NgramEmbedding(TokenEmbedding):
     """
 
     roles: ClassVar[dict[str, str]] = {**TokenEmbedding.roles, "tables": "table"}
+    idle = False  # carried along and never read (LongCat-2.0's prediction module)
 
     def __init__(self, config: NgramEmbeddingConfig, shape: ModelShape, std: float) -> None:
         super().__init__(shape.vocab_size, shape.hidden_size, std)
@@ -48,8 +49,13 @@ class NgramEmbedding(TokenEmbedding):
         """Rows of `tables` that each token reads, int64 [B, T, E]."""
         return ngram_rows(tokens, document_ids, self.hash_weights, self.hash_moduli) + self.hash_starts
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        rows = self.rows(tokens, document_ids)
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, history: Tensor | None = None) -> Tensor:
+        """`history`: int64 [B, h], tokens before these in the same document (decoding); the last order - 1 of them are read."""
+        if history is None:
+            rows = self.rows(tokens, document_ids)
+        else:
+            before = history[:, max(0, history.shape[1] - self.config.order + 1) :]
+            rows = self.rows(torch.cat((before, tokens), 1), None)[:, before.shape[1] :]
         if self.training:
             self.touched[rows.flatten()] = True
         read = nn.functional.embedding(rows, self.tables)
@@ -57,4 +63,9 @@ class NgramEmbedding(TokenEmbedding):
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
+        if self.idle:
+            return {}
         return {"rows_touched": float(self.touched.float().mean()), "table_rms": float(self.tables.square().mean().sqrt())}
+
+    def not_engaged(self, measured: dict[str, float]) -> list[str]:
+        return [] if self.idle or measured.get("table_rms") else ["its tables are still empty"]

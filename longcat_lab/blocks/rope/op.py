@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
+
+
+def rope_frequencies(dim: int, theta: float) -> Tensor:
+    """theta^(-2i / dim) for i < dim / 2: radians a position, float64 [dim / 2]. Source: arXiv 2104.09864, eq. 15."""
+    return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
 
 
 def rope_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
@@ -21,8 +27,28 @@ def rope_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
 
     Source: Su et al. 2021 (arXiv 2104.09864), eq. 15.
     """
-    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
-    return positions.to(torch.float64)[:, None] * frequencies
+    return positions.to(torch.float64)[:, None] * rope_frequencies(dim, theta).to(positions.device)
+
+
+def yarn_frequencies(dim: int, theta: float, factor: float, original: int, beta_fast: float, beta_slow: float) -> Tensor:
+    """Frequencies f_i of plain RoPE, stretched where they are slow: f_i (1 - r_i) + (f_i / factor) r_i.
+
+    r_i = clamp((i - low) / (high - low), 0, 1); low and high are the pairs that turn beta_fast and beta_slow times over the
+    `original` context, rounded down and up and kept inside 0 ... dim - 1: i(beta) = dim ln(original / (2 pi beta)) / (2 ln theta).
+
+    Returns:
+        float64 [dim / 2], radians a position.
+
+    Source: Peng et al. 2023 (arXiv 2309.00071) section 3.2.
+    """
+
+    def pair(turns: float) -> float:
+        return dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(pair(beta_fast)), 0), min(math.ceil(pair(beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 0.001)
+    plain, stretched = rope_frequencies(dim, theta), ramp.clamp(0, 1)
+    return plain * (1 - stretched) + plain / factor * stretched
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 from torch.nn import ModuleList
 
+from longcat_lab.blocks.context import ForwardContext
 from longcat_lab.blocks.interface import Block, BlockConfig, ModelShape
 
 
@@ -21,16 +24,17 @@ class ScMoELayer(Block):
         super().__init__()
 
         def two(part: BlockConfig) -> ModuleList:
-            return ModuleList(part.build(shape) for _ in range(2))
+            places = [dataclasses.replace(shape, attention_index=2 * shape.layer_index + s) for s in range(2)]
+            return ModuleList(part.build(place) for place in places)
 
         self.input_layernorm, self.post_attention_layernorm = two(shape.norm), two(shape.norm)
         self.self_attn, self.mlps, self.mlp = two(shape.attention), two(shape.ffn), shape.moe.build(shape)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x [B, T, H], rope and mask as in MLA; [B, T, H]."""
-        a0 = x + self.self_attn[0](self.input_layernorm[0](x), rope, mask)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """x [B, T, H] to [B, T, H]."""
+        a0 = x + self.self_attn[0](self.input_layernorm[0](x), context)
         u = self.post_attention_layernorm[0](a0)
-        shortcut = self.mlp(u)
+        shortcut = self.mlp(u, context)
         b0 = a0 + self.mlps[0](u)
-        a1 = b0 + self.self_attn[1](self.input_layernorm[1](b0), rope, mask)
+        a1 = b0 + self.self_attn[1](self.input_layernorm[1](b0), context)
         return a1 + self.mlps[1](self.post_attention_layernorm[1](a1)) + shortcut

@@ -9,7 +9,7 @@ from longcat_lab.blocks.interface import Block
 
 
 class TokenEmbedding(Block):
-    """One row a token. tokens int64 [B, T] to [B, T, H]; document ids are taken and not needed."""
+    """One row a token. tokens int64 [B, T] to [B, T, H]; document ids and history are taken and not needed."""
 
     roles: ClassVar[dict[str, str]] = {"weight": "embedding"}
 
@@ -21,5 +21,5 @@ class TokenEmbedding(Block):
     def initial_std(self) -> dict[str, float]:
         return {"weight": self.std}
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, history: Tensor | None = None) -> Tensor:
         return nn.functional.embedding(tokens, self.weight)

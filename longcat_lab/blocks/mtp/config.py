@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from longcat_lab.blocks.decoder_layer.config import DecoderLayerConfig
+from longcat_lab.blocks.interface import BlockConfig, Budget, ModelShape, register
+from longcat_lab.blocks.mtp.module import MTP
+from longcat_lab.node import ConfigError
+
+
+@register("mtp")
+class MTPConfig(BlockConfig):
+    """Multi-token prediction: D further steps, from D blocks (DeepSeek-V3) or from one repeated block (LongCat-2.0)."""
+
+    kind: Literal["mtp"] = "mtp"
+    num_nextn_predict_layers: int = Field(1, ge=1, description="D: tokens predicted beyond the next one")
+    repeat_block: bool = Field(True, description="one block for all steps; false: a block of its own for each")
+    block: Literal["dense", "layer"] = Field("dense", description="one attention and one dense network, or a layer of the trunk's kind")
+    hidden: Literal["raw", "normed"] = Field("raw", description="what the first step takes from the trunk: before or after its final norm")
+    loss_weight: float = Field(0.1, ge=0, description="lambda: the mean of the steps' losses enters the loss with this weight")
+    loss_weight_schedule: list[tuple[float, float]] = Field(
+        [], description="pairs (share of the training steps, weight from there on), rising; before the first, loss_weight holds"
+    )
+    detach: bool = Field(False, description="train the prediction blocks alone: no gradient into trunk, embedding and head")
+    own_embedding: bool = Field(False, description="a token embedding of its own, as LongCat's checkpoints have; false: the trunk's")
+    own_ngram_tables: bool = Field(
+        False, description="carry a copy of the n-gram tables that is never read, as LongCat-2.0's checkpoint does"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> MTPConfig:
+        shares = [share for share, _ in self.loss_weight_schedule]
+        if shares != sorted(shares) or any(not 0 <= share <= 1 for share in shares):
+            raise ValueError(f"loss_weight_schedule has shares {shares}, which must rise and lie between 0 and 1")
+        if any(weight < 0 for _, weight in self.loss_weight_schedule):
+            raise ValueError("loss_weight_schedule has a negative weight")
+        if self.own_ngram_tables and not self.own_embedding:
+            raise ValueError("own_ngram_tables needs own_embedding")
+        return self
+
+    @property
+    def blocks(self) -> int:
+        """Prediction blocks that have parameters of their own."""
+        return 1 if self.repeat_block else self.num_nextn_predict_layers
+
+    def weight_at(self, share: float) -> float:
+        """lambda when `share` (0 to 1) of the training steps are done."""
+        weight = self.loss_weight
+        for start, later in self.loss_weight_schedule:
+            weight = later if share >= start else weight
+        return weight
+
+    def inner(self, shape: ModelShape) -> tuple[BlockConfig, ModelShape]:
+        """The layer that a block holds, and the place it stands at: its attention owns its index like a first layer's."""
+        if self.block == "layer":
+            return shape.layer, replace(shape, layer_index=shape.num_layers)
+        return DecoderLayerConfig(first_k_dense_replace=1), replace(shape, layer_index=0)
+
+    def check(self, shape: ModelShape) -> None:
+        if self.own_ngram_tables and getattr(shape.embedding, "ngram", None) is None:
+            raise ConfigError(
+                "model.mtp.own_ngram_tables copies the tables of model.embedding.ngram, which is empty: give it tables, or write false."
+            )
+
+    def own_embedding_config(self, shape: ModelShape) -> BlockConfig | None:
+        """The configuration of its own embedding, or None where it reads the trunk's."""
+        if not self.own_embedding:
+            return None
+        return shape.embedding if self.own_ngram_tables else shape.embedding.model_copy(update={"ngram": None})
+
+    def budget(self, shape: ModelShape) -> Budget:
+        layer, place = self.inner(shape)
+        one = 3 * shape.norm.budget(shape) + Budget.of_weights(2 * shape.hidden_size**2) + layer.budget(place)
+        head = Budget(flops_per_token=2.0 * shape.hidden_size * shape.vocab_size)  # the trunk's, used once more a step
+        every_step = replace(one, params=0) + head
+        own = self.own_embedding_config(shape)
+        carried = Budget(params=own.budget(shape).params) if own else Budget()  # looked up or idle, never multiplied
+        return Budget(params=self.blocks * one.params) + self.num_nextn_predict_layers * every_step + carried
+
+    def build(self, shape: ModelShape) -> MTP:
+        return MTP(self, shape)

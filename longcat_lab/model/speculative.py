@@ -1,0 +1,113 @@
+"""Greedy speculative decoding with the model's own prediction steps as the draft: same tokens, fewer passes through the trunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longcat_lab.blocks import Cache
+from longcat_lab.errors import LabError
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What speculative decoding gave.
+
+    tokens: int64 [T + generated], exactly what plain greedy decoding gives.
+    rounds: verifying passes through the trunk; drafted, accepted: draft tokens by prediction step (lists of D integers).
+    """
+
+    tokens: Tensor
+    generated: int
+    rounds: int
+    drafted: list[int]
+    accepted: list[int]
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens gained by one verifying pass in the mean: 1 (the trunk's own) to D + 1."""
+        return 1 + sum(self.accepted) / self.rounds if self.rounds else 1.0
+
+
+class _Drafts:
+    """The prediction steps with a cache each. Step k at position i reads h^{k-1}_i and token i + k.
+
+    Positions whose token i + k is known are computed once, with the true token; the last k - 1 positions of step k hang on drafts
+    and are forgotten when the drafts are judged.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.steps = model, model.config.mtp.num_nextn_predict_layers
+        self.caches = [Cache() for _ in range(self.steps)]
+        self.states = [torch.empty(0)] * self.steps  # h^0 ... h^{D-1} at all positions [1, n, H], drafts' ones at the end
+
+    def propose(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """hidden [1, n, H]: the trunk's at positions 0 ... n - 1; tokens int64 [n + 1], all known; D drafts for what follows."""
+        model, known = self.model, tokens
+        count, state = hidden.shape[1], hidden if model.config.mtp.hidden == "raw" else model.norm(hidden)
+        for k in range(1, self.steps + 1):
+            block, cache = model.mtp.block(k), self.caches[k - 1]
+            start = cache.length
+            ahead = known[None, start + k : count + k]
+            context = model.context(state[:, start:], cache=cache)
+            fresh = block(state[:, start:], model.mtp.embed(ahead, model.embed_tokens), context)
+            cache.advance(ahead)
+            state = torch.cat((self.states[k - 1][:, :start], fresh), 1) if start else fresh
+            self.states[k - 1] = state
+            known = torch.cat((known, model.lm_head(block.norm(fresh[:, -1:])).argmax(-1)[0]))
+        for k, cache in enumerate(self.caches, 1):
+            cache.cut(max(0, count - k + 1))  # step k at position i was true where i + k <= count
+        return known[len(tokens) :]
+
+
+@torch.no_grad()
+def speculate(model: torch.nn.Module, tokens: Tensor, count: int, stop: int | None = None) -> Speculation:
+    """Continues `tokens` greedily by up to `count` tokens; drafts come from the prediction steps, the trunk verifies them.
+
+    A draft is kept where it equals the trunk's own choice, so the text is that of `generate(..., temperature=0)`, token for token.
+
+    Args:
+        tokens: int64 [T], T at least 1, T + count at most max_position_embeddings.
+        stop: a token that ends the text (it is kept).
+
+    Raises:
+        LabError: the model has no prediction steps, or the text would not fit into its window.
+    """
+    if model.mtp is None:
+        raise LabError("speculate: this model has no prediction steps; set model.mtp.num_nextn_predict_layers and train it.")
+    if len(tokens) + count > model.config.max_position_embeddings:
+        raise LabError(
+            f"speculate: {len(tokens)} + {count} tokens are more than model.max_position_embeddings "
+            f"{model.config.max_position_embeddings}; ask for fewer."
+        )
+    was_training = model.training
+    model.eval()
+    drafts, cache, end = _Drafts(model), Cache(), len(tokens) + count
+    drafted, accepted, rounds = [0] * drafts.steps, [0] * drafts.steps, 0
+    hidden = model.hidden(tokens[None], cache=cache)
+    tokens = torch.cat((tokens, _choices(model, hidden[:, -1:])))
+    while len(tokens) < end and not (stop is not None and int(tokens[-1]) == stop):
+        proposal = drafts.propose(hidden, tokens)[: end - len(tokens) - 1]  # the verifying pass adds one token of its own
+        fresh = model.hidden(torch.cat((tokens[-1:], proposal))[None], cache=cache)
+        own = _choices(model, fresh)
+        agrees = (proposal == own[:-1]).tolist()
+        kept = agrees.index(False) if False in agrees else len(agrees)
+        gained = own[: kept + 1]  # the accepted drafts are the trunk's own choices; one more comes for nothing
+        if stop is not None and stop in gained.tolist():
+            gained = gained[: gained.tolist().index(stop) + 1]
+        rounds += 1
+        for k in range(len(proposal)):
+            drafted[k] += 1
+            accepted[k] += int(k < min(kept, len(gained)))
+        tokens = torch.cat((tokens, gained))
+        cache.cut(len(tokens) - 1)
+        hidden = torch.cat((hidden, fresh), 1)[:, : len(tokens) - 1]
+    model.train(was_training)
+    return Speculation(tokens, len(tokens) - (end - count), rounds, drafted, accepted)
+
+
+def _choices(model: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """The trunk's choice after each position; hidden [1, T, H], int64 [T]."""
+    return model.lm_head(model.norm(hidden)).argmax(-1)[0]

@@ -1,0 +1,64 @@
+"""Depth growth: the layers of a shallow model, stacked several times, with the optimizer's state of each.
+
+Source: LongCat-Flash (arXiv 2509.01322) section 3.1: l1 ... ln becomes l1 ... ln l1 ... ln; sample counter and schedule go on.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from longcat_lab.config import RunConfig
+from longcat_lab.errors import LabError
+
+LAYER = re.compile(r"^layers\.(\d+)\.")
+
+
+def shallow(config: RunConfig) -> RunConfig:
+    """The configuration before growth: model.num_layers divided by training.growth.times."""
+    layers = config.model.num_layers // config.training.growth.times
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": layers})})
+
+
+def source_name(name: str, layers: int) -> str:
+    """Name in the shallow model (of `layers` layers) of what becomes `name` in the stacked one."""
+    return LAYER.sub(lambda found: f"layers.{int(found[1]) % layers}.", name)
+
+
+@torch.no_grad()
+def stack(small: nn.Module, large: nn.Module) -> None:
+    """Copies every parameter and buffer of `small` into `large`, whose layer i gets those of layer i modulo small's depth.
+
+    Raises:
+        LabError: a layer of `large` has parts that its source does not have (layers that differ by their place); nothing is copied.
+    """
+    layers = len(small.layers)
+    pairs = []
+    for collect in (nn.Module.named_parameters, nn.Module.named_buffers):
+        sources, targets = dict(collect(small)), dict(collect(large))
+        for name, target in targets.items():
+            source = sources.get(source_name(name, layers))
+            if source is None or source.shape != target.shape:
+                raise LabError(
+                    f"training.growth: '{name}' has no counterpart in the shallow model; all layers must be alike to be stacked."
+                )
+            pairs.append((target, source))
+    for target, source in pairs:
+        target.copy_(source)
+
+
+def stack_moments(small: nn.Module, before: torch.optim.Optimizer, large: nn.Module, after: torch.optim.Optimizer) -> None:
+    """Gives each parameter of `large` a copy of the optimizer state of its source in `small`."""
+    sources, layers = dict(small.named_parameters()), len(small.layers)
+    old = {parameter: state for part in _parts(before) for parameter, state in part.state.items()}
+    owner = {p: part for part in _parts(after) for group in part.param_groups for p in group["params"]}
+    for name, parameter in large.named_parameters():
+        state = old.get(sources[source_name(name, layers)])
+        if state:
+            owner[parameter].state[parameter] = {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()}
+
+
+def _parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    return list(getattr(optimizer, "parts", {"": optimizer}).values())

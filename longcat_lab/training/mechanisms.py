@@ -1,0 +1,66 @@
+"""What blocks tell of their mechanisms while they train, and whether each took part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+
+from longcat_lab.blocks import Block
+
+LATE = 5  # mechanisms are judged on the last fifth of the rows, where the model has settled
+
+
+def blocks(model: nn.Module) -> dict[str, Block]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Block)}
+
+
+def after_step(model: nn.Module) -> None:
+    """Lets every block take its own step (a router's bias), on counts of the whole global batch."""
+    for block in blocks(model).values():
+        for counted in block.counters():
+            sum_over_ranks(counted)
+        block.after_step()
+
+
+def sum_over_ranks(counted: torch.Tensor) -> None:
+    """Adds up integers over the ranks that share a batch, in place; exact in whatever order. One process: nothing to do."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counted)
+
+
+def statistics(model: nn.Module) -> dict[str, Any]:
+    """`BLOCK/MEASURE` to a number, or to a list of them."""
+    found: dict[str, Any] = {}
+    for name, block in blocks(model).items():
+        found.update({f"{name}/{key}": value for key, value in {**block.statistics(), **block.distributions()}.items()})
+    return found
+
+
+def late_means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of every `BLOCK/MEASURE` (numbers only) over the last fifth of the logged rows."""
+    late = rows[-max(1, len(rows) // LATE) :]
+    values: dict[str, list[float]] = {}
+    for name, value in ((name, value) for row in late for name, value in row.items()):
+        if "/" in name and isinstance(value, int | float):
+            values.setdefault(name, []).append(value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
+
+
+def over_blocks(means: dict[str, float]) -> dict[str, float]:
+    """Each measure's mean over the blocks that have it."""
+    values: dict[str, list[float]] = {}
+    for name, value in means.items():
+        values.setdefault(name.rsplit("/", 1)[1], []).append(value)
+    return {key: sum(each) / len(each) for key, each in values.items()}
+
+
+def not_engaged(model: nn.Module, means: dict[str, float]) -> list[str]:
+    """`BLOCK: sentence` for every mechanism that was asked for and took no part: such an arm was not tested."""
+    own: dict[str, dict[str, float]] = {}
+    for key, value in means.items():
+        name, _, measure = key.rpartition("/")
+        own.setdefault(name, {})[measure] = value
+    return [f"{name}: {said}" for name, block in blocks(model).items() for said in block.not_engaged(own.get(name, {}))]
