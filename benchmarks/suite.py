@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Row, compare
-from longcat_lab.blocks.moe.experts_op import experts_grouped, experts_reference
+from benchmarks.mixture import mixture, unused_experts
+from benchmarks.training_step import training_step
+from longcat_lab.blocks.moe import experts_op
 from longcat_lab.blocks.moe.router_op import route_reference
 from longcat_lab.blocks.ngram_embedding.op import ngram_rows, ngram_rows_reference, table_moduli
 from longcat_lab.blocks.rms_norm.op import rms_norm, rms_norm_reference
@@ -45,8 +47,8 @@ def experts() -> Iterator[Row]:
         u = torch.randn(1024, 128, requires_grad=True)
         slots, weights, _ = route_reference(u.detach(), torch.randn(n + 8, 128), torch.zeros(n + 8), 3, 6.0)
         gate_up, down = torch.randn(n, 128, 128, requires_grad=True), torch.randn(n, 128, 64, requires_grad=True)
-        ours = ("grouped product", _backward(lambda a=(u, slots, weights, gate_up, down): experts_grouped(*a)))
-        for name, op in (("loop over experts", experts_reference), ("padded bmm", _padded_bmm)):
+        ours = ("as chosen here", _backward(lambda a=(u, slots, weights, gate_up, down): experts_op.experts(*a)))
+        for name, op in (("loop over experts", experts_op.experts_reference), ("padded bmm", _padded_bmm)):
             peer = _backward(lambda op=op, a=(u, slots, weights, gate_up, down): op(*a))
             yield compare(f"experts/{n}", ours, (name, peer))
 
@@ -59,8 +61,8 @@ def zero_experts() -> Iterator[Row]:
     half = torch.where(torch.arange(4) < 2, real, 16 + torch.arange(4))
     yield compare(
         "zero_experts",
-        ("2 of 4 picks identity", lambda: experts_grouped(u, half, weights, gate_up, down)),
-        ("4 of 4 picks real", lambda: experts_grouped(u, real, weights, gate_up, down)),
+        ("2 of 4 picks identity", lambda: experts_op.experts(u, half, weights, gate_up, down)),
+        ("4 of 4 picks real", lambda: experts_op.experts(u, real, weights, gate_up, down)),
     )
 
 
@@ -95,4 +97,6 @@ def small_ops() -> Iterator[Row]:
     )
 
 
-SUITE = {function.__name__: function for function in (experts, zero_experts, ngram_addresses, small_ops)}
+SUITE = {
+    function.__name__: function for function in (experts, zero_experts, mixture, unused_experts, training_step, ngram_addresses, small_ops)
+}

@@ -11,7 +11,7 @@ from longcat_lab.blocks import Block, BlockConfig, Budget, kinds, register
 from longcat_lab.budget import activated, budget
 from longcat_lab.config import ConfigError, RunConfig, apply, load, presets
 from longcat_lab.errors import LabError
-from longcat_lab.model import LongcatLM, build, generate, speculate
+from longcat_lab.model import LongcatLM, build, from_pretrained, generate, save_pretrained, speculate
 from longcat_lab.training import Run, fit, identity
 
 __version__ = "0.1.0"
@@ -30,11 +30,13 @@ __all__ = [
     "budget",
     "build",
     "fit",
+    "from_pretrained",
     "generate",
     "identity",
     "kinds",
     "load",
     "presets",
     "register",
+    "save_pretrained",
     "speculate",
 ]

@@ -24,7 +24,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("mixture.cpp")
 # Not -ffast-math: a NaN must stay one, and a sum keeps its order.
-FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 SWITCH, CACHE = "LONGCAT_LAB_KERNELS", "LONGCAT_LAB_CACHE"
 BLAS = ("sgemm_", "dgemm_", "MKL_Set_Num_Threads_Local")
 
@@ -124,7 +124,9 @@ def _compile(compiler: list[str], path: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
-            said = next((line for line in done.stderr.splitlines() if "error" in line.lower()), done.stderr.strip()[-200:] or "it said nothing")
+            said = next(
+                (line for line in done.stderr.splitlines() if "error" in line.lower()), done.stderr.strip()[-200:] or "it said nothing"
+            )
             raise NotAvailable(f"{compiler[0]} could not compile them ({said}); install a recent g++, or set CXX to one.")
         temporary.chmod(0o700)
         os.replace(temporary, path)
@@ -156,7 +158,9 @@ def _fingerprint(compiler: list[str]) -> str:
 def _processor() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
-        return "\n".join(line for line in lines if line.split("\t")[0].strip() in ("vendor_id", "cpu family", "model", "model name", "flags"))
+        return "\n".join(
+            line for line in lines if line.split("\t")[0].strip() in ("vendor_id", "cpu family", "model", "model name", "flags")
+        )
     return " ".join(platform.uname())
 
 
@@ -165,7 +169,7 @@ def _folder() -> Path:
     roots = [Path(os.environ[CACHE])] if os.environ.get(CACHE) else []
     with contextlib.suppress(RuntimeError):  # no home
         roots.append(Path.home() / ".cache" / "longcat_lab")
-    reason = f"there is no place for the library: set {CACHE} to a folder of your own."
+    reasons = []
     for root in roots:
         folder = root.absolute() / "kernels"
         try:
@@ -174,10 +178,10 @@ def _folder() -> Path:
             _check_own(folder)
             return folder
         except OSError as error:
-            reason = f"{folder} cannot be used ({error.strerror}); set {CACHE} to a folder of your own."
+            reasons.append(f"{folder} cannot be used ({error.strerror}); set {CACHE} to a folder of your own.")
         except NotAvailable as error:
-            reason = str(error)
-    raise NotAvailable(reason)
+            reasons.append(str(error))
+    raise NotAvailable(reasons[0] if reasons else f"there is no place for the library: set {CACHE} to a folder of your own.")
 
 
 def _check_own(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from longcat_kernels.library import library
 
@@ -48,8 +47,9 @@ class _Mixture(Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; torch's own once_differentiable lets it pass where d_out is a constant
+            raise RuntimeError("the compiled mixture is differentiable once; for second derivatives set LONGCAT_LAB_KERNELS=off")
         u, weights, gate_up, down, order, offsets, inner = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         grads = [torch.empty_like(t) if wanted[i] else None for i, t in ((0, u), (2, weights), (3, gate_up), (4, down))]

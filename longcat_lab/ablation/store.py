@@ -194,6 +194,7 @@ def result_row(run: dict[str, Any] | None, variant: str, seed: int, identity: st
         return {**row, "reason": "configuration, data or code changed since it last ran"}
     measures = {k: v for k, v in (run.get("final") or {}).items() if isinstance(v, int | float)}
     row |= {"status": run.get("status", "planned"), "reason": run.get("reason") or "", "seconds": (run.get("job") or {}).get("seconds")}
+    row["not_engaged"] = "; ".join(run.get("not_engaged") or [])
     return {**measures, **(run.get("budget") or {}), **row}
 
 

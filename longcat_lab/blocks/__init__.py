@@ -15,6 +15,7 @@ from longcat_lab.blocks.rms_norm.config import RMSNormConfig
 from longcat_lab.blocks.rope.config import RopeConfig, YarnConfig
 from longcat_lab.blocks.scmoe.config import ScMoELayerConfig
 from longcat_lab.blocks.serial_layer.config import SerialLayerConfig
+from longcat_lab.blocks.sparse_attention.config import DSAConfig, LSAConfig
 from longcat_lab.blocks.swiglu.config import SwiGLUConfig
 from longcat_lab.blocks.token_embedding.config import TokenEmbeddingConfig
 
@@ -23,8 +24,10 @@ __all__ = [
     "BlockConfig",
     "Budget",
     "Cache",
+    "DSAConfig",
     "DecoderLayerConfig",
     "ForwardContext",
+    "LSAConfig",
     "MLAConfig",
     "MTPConfig",
     "MoEConfig",

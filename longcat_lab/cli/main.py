@@ -57,18 +57,32 @@ def train(
     resolved = load(config, *(overrides or ()))
     prepare(resolved.data, resolved.model.vocab_size, progress=lambda line: typer.echo(f"data: {line}", err=True))
     finished = fit(resolved, out, progress=sys.stderr.isatty())
+    typer.echo((finished.path / "optimizer.txt").read_text(encoding="utf-8"))
     for key, value in finished.summary.items():
         typer.echo(f"{key:28} {value:.4f}" if isinstance(value, float) else f"{key:28} {value}")
     typer.echo(finished.path)
 
 
 @app.command()
-def budget(config: Annotated[str, typer.Argument(help="a preset or a YAML file")], overrides: Overrides = None) -> None:
-    """Parameters, active parameters, forward FLOPs a token and cache bytes a token, by part."""
+def budget(
+    config: Annotated[str, typer.Argument(help="a preset or a YAML file")],
+    overrides: Overrides = None,
+    context_length: Annotated[int | None, typer.Option(help="tokens of the sequence that FLOPs are given for", min=1)] = None,
+) -> None:
+    """Parameters, active parameters, forward FLOPs a token and cache bytes a token, by part; activated parameters by k."""
+    from longcat_lab.budget import activated
     from longcat_lab.budget import budget as table
     from longcat_lab.config import load
 
-    typer.echo(table(load(config, *(overrides or ()))).to_string(float_format="{:,.0f}".format))
+    resolved = load(config, *(overrides or ()))
+    typer.echo(table(resolved, context_length).to_string(float_format="{:,.0f}".format))
+    if resolved.model.moe.zero_expert_num:
+        ends = activated(resolved)["activated params"]
+        k, expected = resolved.model.moe.moe_topk, resolved.model.moe.real_experts
+        typer.echo(
+            f"activated, by real experts a token: {ends.iloc[0]:,} (0) to {ends.iloc[-1]:,} ({k}); {ends[expected]:,} at {expected:g}, "
+            "without input embedding, n-gram projections and prediction steps"
+        )
 
 
 @app.command()

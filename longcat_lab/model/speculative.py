@@ -41,7 +41,7 @@ class _Drafts:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.steps = model, model.config.mtp.num_nextn_predict_layers
         self.caches = [Cache() for _ in range(self.steps)]
-        self.states = [torch.empty(0)] * self.steps  # h^0 ... h^{D-1} at all positions [1, n, H], drafts' ones at the end
+        self.states = [torch.empty(0)] * self.steps  # h^1 ... h^D at all positions [1, n, H], those that hang on drafts at the end
 
     def propose(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """hidden [1, n, H]: the trunk's at positions 0 ... n - 1; tokens int64 [n + 1], all known; D drafts for what follows."""
@@ -54,9 +54,11 @@ class _Drafts:
             context = model.context(state[:, start:], cache=cache)
             fresh = block(state[:, start:], model.mtp.embed(ahead, model.embed_tokens), context)
             cache.advance(ahead)
-            state = torch.cat((self.states[k - 1][:, :start], fresh), 1) if start else fresh
+            normed = block.norm(fresh)
+            passed = fresh if model.config.mtp.hidden == "raw" else normed
+            state = torch.cat((self.states[k - 1][:, :start], passed), 1) if start else passed
             self.states[k - 1] = state
-            known = torch.cat((known, model.lm_head(block.norm(fresh[:, -1:])).argmax(-1)[0]))
+            known = torch.cat((known, model.lm_head(normed[:, -1:]).argmax(-1)[0]))
         for k, cache in enumerate(self.caches, 1):
             cache.cut(max(0, count - k + 1))  # step k at position i was true where i + k <= count
         return known[len(tokens) :]
@@ -82,6 +84,9 @@ def speculate(model: torch.nn.Module, tokens: Tensor, count: int, stop: int | No
             f"speculate: {len(tokens)} + {count} tokens are more than model.max_position_embeddings "
             f"{model.config.max_position_embeddings}; ask for fewer."
         )
+    if count < 1:
+        steps = model.config.mtp.num_nextn_predict_layers
+        return Speculation(tokens, 0, 0, [0] * steps, [0] * steps)
     was_training = model.training
     model.eval()
     drafts, cache, end = _Drafts(model), Cache(), len(tokens) + count

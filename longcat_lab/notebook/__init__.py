@@ -1,7 +1,29 @@
 """What notebooks import: figures in one style, tables, and the parts of the result page."""
 
+from longcat_lab.notebook.drafting import drafting_table, prompts, with_steps
 from longcat_lab.notebook.figures import architecture_costs, curves, differences
+from longcat_lab.notebook.figures_moe import activated_range, class_experts, expert_load, held_budget, mixture_measures
+from longcat_lab.notebook.figures_mtp import drafting, step_losses, step_quality
 from longcat_lab.notebook.page import Page
+from longcat_lab.notebook.routing import experts_by_class
 from longcat_lab.notebook.style import show
 
-__all__ = ["Page", "architecture_costs", "curves", "differences", "show"]
+__all__ = [
+    "Page",
+    "activated_range",
+    "architecture_costs",
+    "class_experts",
+    "curves",
+    "differences",
+    "drafting",
+    "drafting_table",
+    "expert_load",
+    "experts_by_class",
+    "held_budget",
+    "mixture_measures",
+    "prompts",
+    "show",
+    "step_losses",
+    "step_quality",
+    "with_steps",
+]

@@ -160,6 +160,12 @@ class Page:
         columns = {
             "real_experts_per_token": "real experts a token",
             "max_violation": "busiest expert over mean, −1",
+            "load_entropy": "entropy of the experts' load (1: equal)",
+            "router_cosine": "mean cosine of router rows",
+            "router_gradient_ratio": "balance loss's share of the router's gradient (R_g)",
+            "next_accuracy": "accuracy of the next token",
+            **{f"mtp_accuracy_{k}": f"accuracy of prediction step {k}" for k in range(1, 9)},
+            "accepted_length": "tokens a pass in speculative decoding",
             "rows_touched": "share of table rows read",
             "table_rms": "RMS of table entries",
             "embedding_rms_initial": "embedding RMS at start",
@@ -175,6 +181,16 @@ class Page:
                     row[title] = _number(float(own[key].mean()), 3) if len(own) else "–"
             rows.append(row)
         self._show(_table(rows))
+        flagged = [
+            f"{variant}, seed {seed}: {sentence}"
+            for (variant, seed), run in sorted(self.sweep.runs.items())
+            for sentence in run.get("not_engaged", [])
+        ]
+        if flagged:
+            lines = "".join(f"<li>{html.escape(line)}</li>" for line in flagged)
+            self._show(f"<p><b>Not engaged</b>, so not tested in these jobs:</p><ul>{lines}</ul>")
+        elif len(finished):
+            self._show("<p>No finished job reports a mechanism that did not engage.</p>")
 
     def limits(self) -> None:
         """Where the effect should vanish, and what this page cannot say."""

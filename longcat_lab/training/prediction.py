@@ -18,7 +18,8 @@ NEW_TOKENS = 48
 
 @torch.no_grad()
 def evaluate_steps(model: LongcatLM, corpus: Corpus, config: RunConfig, split: str = "validation") -> dict[str, float]:
-    """`next_accuracy`, and for step k `mtp_validation_loss_K` (nats a label) and `mtp_accuracy_K`, with the true tokens up to i + k.
+    """`next_accuracy`, and for step k `mtp_validation_loss_K` (nats a label) and `mtp_accuracy_K`, with the true tokens up to i + k;
+    `mtp_validation_loss` is the steps' mean.
 
     Accuracy is the share of labels that the step's most likely token hits: what speculative decoding accepts when all before was right.
     """
@@ -43,6 +44,7 @@ def evaluate_steps(model: LongcatLM, corpus: Corpus, config: RunConfig, split: s
     for k in range(1, steps + 1):
         found[f"mtp_validation_loss_{k}"] = nats[k] / max(counts[k], 1)
         found[f"mtp_accuracy_{k}"] = hits[k] / max(counts[k], 1)
+    found["mtp_validation_loss"] = sum(found[f"mtp_validation_loss_{k}"] for k in range(1, steps + 1)) / steps
     return found
 
 

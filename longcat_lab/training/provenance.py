@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -34,6 +35,10 @@ def code_hash() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(path for room in DECIDING for path in (PACKAGE / room).rglob("*.py")):
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
+    kernels = importlib.util.find_spec("longcat_kernels")
+    for folder in kernels.submodule_search_locations or () if kernels else ():
+        for path in sorted(path for path in Path(folder).iterdir() if path.suffix in (".py", ".cpp")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

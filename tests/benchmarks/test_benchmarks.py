@@ -16,7 +16,7 @@ def test_the_peer_computes_the_same():
     from longcat_lab.blocks.moe.router_op import route_reference
 
     u = torch.randn(64, 16)
-    slots, weights = route_reference(u, torch.randn(8, 16), torch.zeros(8), 3, 2.0)
+    slots, weights, _ = route_reference(u, torch.randn(8, 16), torch.zeros(8), 3, 2.0)
     gate_up, down = torch.randn(5, 16, 16), torch.randn(5, 16, 8)
     expected = experts_reference(u, slots, weights, gate_up, down)
     torch.testing.assert_close(_padded_bmm(u, slots, weights, gate_up, down), expected, rtol=1e-4, atol=1e-4)

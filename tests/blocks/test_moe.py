@@ -1,12 +1,11 @@
-"""Router, experts, zero-computation experts, and the rule that keeps the budget."""
+"""The mixture: real experts, zero-computation experts, and how they are summed."""
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 from longcat_lab.blocks import MoEConfig
-from longcat_lab.blocks.moe.balance_op import budget_error, controller_step
-from longcat_lab.blocks.moe.experts_op import experts, experts_grouped, experts_reference
+from longcat_lab.blocks.moe.experts_op import experts, experts_grouped, experts_reference, zero_experts
 from longcat_lab.blocks.moe.router_op import route_reference
 from longcat_lab.config import ConfigError, load
 
@@ -23,26 +22,10 @@ def problem(tokens=37, hidden=16, n_routed=5, zero=3, topk=3, inner=8, dtype=tor
     )
 
 
-def test_weights_are_scaled_probabilities_over_all_slots_without_renormalisation():
-    u, classifier = torch.randn(11, 6, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
-    slots, weights, _ = route_reference(u, classifier, torch.zeros(7), 3, 5.0)
-    for t in range(11):
-        p = torch.exp(classifier @ u[t]) / torch.exp(classifier @ u[t]).sum()
-        assert sorted(slots[t].tolist()) == sorted(p.argsort(descending=True)[:3].tolist())
-        torch.testing.assert_close(weights[t], 5.0 * p[slots[t]])
-
-
-def test_bias_moves_the_selection_and_not_the_weights():
-    u, classifier, bias = torch.randn(11, 6), torch.randn(7, 6), torch.zeros(7)
-    bias[4] = 10.0
-    slots, weights, _ = route_reference(u, classifier, bias, 1, 1.0)
-    assert (slots == 4).all()
-    torch.testing.assert_close(weights[:, 0], (u @ classifier.T).softmax(-1)[:, 4])
-
-
-def test_scores_are_fp32_for_a_bf16_input():
-    _, weights, _ = route_reference(torch.randn(5, 8).bfloat16(), torch.randn(4, 8), torch.zeros(4), 2, 1.0)
-    assert weights.dtype == torch.float32
+def grouped(u, slots, weights, gate_up, down, kind="identity"):
+    """The real experts by the grouped product, whatever else this machine has, and the others beside it."""
+    real, passed = experts_grouped(u, slots, weights, gate_up, down), zero_experts(u, slots, weights, len(gate_up), kind)
+    return real if passed is None else real + passed
 
 
 def test_reference_is_the_sum_written_token_by_token():
@@ -61,15 +44,15 @@ def test_reference_is_the_sum_written_token_by_token():
 
 @pytest.mark.parametrize("case", ["mixed", "all zero", "all real", "one expert"])
 def test_grouped_equals_reference_with_gradients(case):
-    """fp32, the narrowest type the grouped product takes on a CPU; the reference in float64 is the truth of both."""
+    """The real experts' part in fp32, the narrowest type the grouped product takes on a CPU; the reference in float64 is the truth."""
     u, slots, _, gate_up, down = problem(dtype=torch.float32)
     if case != "mixed":
         slots = {"all zero": slots % 3 + 5, "all real": slots % 5, "one expert": torch.full_like(slots, 2)}[case]
     weights = torch.rand(slots.shape)
     out = []
-    for op, dtype in ((experts_grouped, torch.float32), (experts_reference, torch.float64)):
+    for op, dtype, rest in ((experts_grouped, torch.float32, ()), (experts_reference, torch.float64, ("drop",))):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (u, weights, gate_up, down)]
-        value = op(leaves[0], slots, *leaves[1:])
+        value = op(leaves[0], slots, *leaves[1:], *rest) + leaves[0]  # so that there is a gradient without any real pick too
         value.square().sum().backward()
         out.append([value, *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)])
     for fast, truth in zip(*out, strict=True):
@@ -118,45 +101,6 @@ def test_identity_experts_do_not_make_the_grouped_product_longer(monkeypatch):
     assert rows == [int((slots < 5).sum())] * 2
 
 
-def test_bias_step_is_the_published_rule():
-    counts = torch.tensor([10, 0, 30, 40])  # 2 real experts, 2 zero-experts; 40 tokens, 2 picks each
-    error = budget_error(counts, tokens=40, topk=2, expected_real_experts=1.0, n_routed=2)
-    step = controller_step(torch.stack((error, torch.zeros(4), torch.zeros(4))), 0.0, 0.5, 0.0)
-    torch.testing.assert_close(step, torch.tensor([0.5 * (1 / 4 - 10 / 80), 0.5 * (1 / 4), 0.0, 0.0]).double())
-
-
-def test_bias_stands_still_exactly_at_its_target():
-    counts = torch.tensor([20, 20, 20, 20])
-    assert budget_error(counts, 40, 2, 1.0, 2).abs().max() == 0
-
-
-def test_controller_reaches_a_budget_that_a_uniform_rule_cannot():
-    """16 + 8 slots, 3 picks: uniform would give 2.0 real experts; ask for 1.2 and for 2.6."""
-    torch.manual_seed(1)
-    shape = load("nano").model.shape()
-    for target in (1.2, 2.6):
-        router = MoEConfig(expected_real_experts=target).build(shape).router.train()
-        torch.nn.init.normal_(router.classifier.weight, std=0.1)
-        for _ in range(300):
-            router(torch.randn(512, shape.hidden_size))
-            router.after_step()
-        assert router.statistics()["real_experts_per_token"] == pytest.approx(target, abs=0.12)
-
-
-def test_counts_add_over_micro_batches_and_leave_evaluation_out():
-    shape = load("nano").model.shape()
-    router = MoEConfig().build(shape).router.train()
-    torch.nn.init.normal_(router.classifier.weight)
-    x = torch.randn(64, shape.hidden_size)
-    router(x[:32]), router(x[32:])
-    router.eval()(x)
-    with torch.no_grad():
-        router.train()(x)
-    assert int(router.counts.sum()) == 64 * 3
-    router.after_step()
-    assert int(router.counts.sum()) == 0
-
-
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
@@ -168,3 +112,49 @@ def test_counts_add_over_micro_batches_and_leave_evaluation_out():
 def test_impossible_mixtures_are_named(overrides, named):
     with pytest.raises(ConfigError, match=named):
         load("tiny", *overrides)
+
+
+@pytest.mark.parametrize("op", [experts_reference, grouped, experts], ids=["reference", "grouped", "fast"])
+@pytest.mark.parametrize("kind", ["identity", "copy", "drop"])
+def test_a_token_that_picks_zero_experts_alone_is_added_once(op, kind):
+    """Exactly (sum g) u, K u, or nothing."""
+    u, slots, weights, gate_up, down = problem(dtype=torch.float32)
+    slots = slots % 3 + 5
+    share = {"identity": weights.sum(-1, keepdim=True), "copy": torch.full((37, 1), 3.0), "drop": torch.zeros(37, 1)}[kind]
+    assert torch.equal(op(u, slots, weights, gate_up, down, kind), share * u)
+
+
+def test_the_module_adds_identity_experts_once():
+    module = MoEConfig(expected_real_experts=1.5).build(load("nano").model.shape()).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    module.router.e_score_correction_bias[16:] = 10.0
+    x = torch.randn(2, 5, 128)
+    slots, weights = module.router(x.flatten(0, 1))
+    assert (slots >= 16).all()
+    assert torch.equal(module(x), (weights.sum(-1, keepdim=True) * x.flatten(0, 1)).view_as(x))
+
+
+@pytest.mark.parametrize("op", [experts_reference, grouped, experts], ids=["reference", "grouped", "fast"])
+def test_no_tokens_give_no_output(op):
+    _, _, _, gate_up, down = problem(dtype=torch.float32)
+    assert op(torch.zeros(0, 16), torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3), gate_up, down).shape == (0, 16)
+
+
+def test_experts_split_finer_keep_their_variance_when_the_scale_is_the_number_of_parts():
+    """N experts of width F into m N of width F / m with m times the picks: output variance falls to 1 / m^2, gamma = m restores it.
+
+    Softmax dilution makes one factor m, the width the other. Spec: LongCat-Flash (arXiv 2509.01322) section 3.1.
+    """
+    tokens, hidden, variance = 1024, 256, {}
+    u = torch.randn(tokens, hidden)
+    for m in (1, 2, 4, 8):
+        drawn = []
+        for _ in range(2):
+            classifier, inner = 0.02 * torch.randn(8 * m, hidden), 512 // m
+            gate_up, down = 0.02 * torch.randn(8 * m, 2 * inner, hidden), 0.02 * torch.randn(8 * m, hidden, inner)
+            slots, weights, _ = route_reference(u, classifier, torch.zeros(8 * m), 2 * m, 1.0)
+            drawn.append(float(experts(u, slots, weights, gate_up, down).var()))
+        variance[m] = sum(drawn) / 2
+    for m in (2, 4, 8):
+        assert variance[m] / variance[1] * m**2 == pytest.approx(1.0, abs=0.1), m

@@ -15,25 +15,24 @@ ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(not longcat_kernels.available(), reason=longcat_kernels.why_not())
 
 USE = """
-import warnings, torch
+import warnings, torch, longcat_kernels
 from longcat_lab.blocks.moe.experts_op import experts, experts_reference
+imported = longcat_kernels.library._loaded.cache_info().currsize
 a = torch.randn(9, 8), torch.rand(9, 5).topk(2).indices, torch.rand(9, 2), torch.randn(4, 12, 8), torch.randn(4, 8, 6)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     for _ in range(3):
         torch.testing.assert_close(experts(*a), experts_reference(*a), rtol=1e-4, atol=1e-4)
-import longcat_kernels
 said = [str(w.message) for w in said if "mixture" in str(w.message).lower()]
-print(longcat_kernels.available(), len(said), longcat_kernels.why_not(), said)
+print(f"imported: {imported}; now:", longcat_kernels.available(), len(said), longcat_kernels.why_not(), said)
 """
 
 
-def start(cache, code=USE, **variables):
+def start(cache, **variables):
     environment = {k: v for k, v in os.environ.items() if k not in ("CXX", library.SWITCH)}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", library.CACHE: str(cache), "HOME": str(cache / "home"), **variables}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", USE], env=environment, cwd=ROOT, **pipes)
 
 
 def output(process):
@@ -43,44 +42,53 @@ def output(process):
 
 
 @pytest.fixture
-def no_path(tmp_path):
+def fresh(monkeypatch, tmp_path):
+    """Loads as a new process would, with an empty cache and these variables; returns `why_not()`."""
+
+    def load(**variables):
+        for name in ("CXX", library.SWITCH):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in ({library.CACHE: str(tmp_path), "HOME": str(tmp_path / "home")} | variables).items():
+            monkeypatch.setenv(name, value)
+        return library._loaded.__wrapped__()[1]
+
+    return load
+
+
+def test_without_a_compiler_one_warning_and_plain_torch(tmp_path):
     (tmp_path / "bin").mkdir()
-    return str(tmp_path / "bin")
+    out = output(start(tmp_path, PATH=str(tmp_path / "bin")))
+    assert out.startswith("imported: 0; now: False 1 ") and "install g++" in out
+    assert not (tmp_path / "kernels").exists()
 
 
-@pytest.mark.parametrize("case", ["no compiler", "compiler fails", "no such CXX", "off"])
-def test_without_them_one_warning_and_plain_torch(case, tmp_path, no_path):
-    variables, named = {
-        "no compiler": ({"PATH": no_path}, "install g++"),
-        "compiler fails": ({"CXX": "/bin/false"}, "could not compile"),
-        "no such CXX": ({"CXX": "/nowhere/g++"}, "which is not there"),
-        "off": ({library.SWITCH: "off"}, "turns the compiled operators off"),
-    }[case]
-    out = output(start(tmp_path, **variables))
-    assert out.startswith("False 1 ") and named in out
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("CXX", "/bin/false", "could not compile"),
+        ("CXX", "/nowhere/g++", "which is not there"),
+        (library.SWITCH, "off", "turns the compiled operators off"),
+    ],
+)
+def test_what_is_missing_is_said_with_what_to_do(variable, value, named, fresh):
+    reason = fresh(**{variable: value})
+    assert named in reason and reason.count(".") >= 1 and ("CXX" in reason or "unset" in reason)
+
+
+def test_a_place_that_others_can_write_is_not_used(fresh, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels").chmod(0o777)
+    (tmp_path / "home").write_text("")  # nor is there another place
+    assert "can be written by, somebody else" in fresh()
 
 
 @needs_compiler
 def test_two_processes_compile_at_once_into_an_empty_cache(tmp_path):
     both = [start(tmp_path), start(tmp_path)]
-    assert [output(process) for process in both] == ["True 0  []"] * 2
+    assert [output(process) for process in both] == ["imported: 0; now: True 0  []"] * 2
     folder = tmp_path / "kernels"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert [p.suffix for p in sorted(folder.iterdir())] == [".lock", ".so"]
-
-
-@needs_compiler
-def test_a_place_that_others_can_write_is_not_used(tmp_path):
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels").chmod(0o777)
-    (tmp_path / "home").write_text("")  # nor is there another place
-    out = output(start(tmp_path))
-    assert out.startswith("False 1 ") and "cannot be used" in out
-
-
-def test_importing_compiles_nothing(tmp_path):
-    code = "import longcat_lab, longcat_lab.blocks, longcat_kernels, sys; print(longcat_kernels.library._loaded.cache_info().currsize)"
-    assert output(start(tmp_path, code)) == "0" and not (tmp_path / "kernels").exists()
 
 
 def test_a_blas_without_the_names_is_said(monkeypatch):

@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
@@ -53,6 +53,7 @@ def agree(found, expected, bound):
             assert (ours.double() - true).abs().max() <= bound * max(float(true.abs().max()), 1e-3)
 
 
+@settings(max_examples=60)
 @given(
     tokens=st.integers(0, 70),
     hidden=st.integers(1, 40),
@@ -137,9 +138,8 @@ def test_strided_inputs_no_grad_and_activation_recompute():
 
 def test_twice_differentiated_is_an_error():
     leaves, slots = problem(5, 4, 3, 3, 1, 2)
-    (grad,) = torch.autograd.grad(mixture(leaves[0], slots, *leaves[1:]).sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(mixture(leaves[0], slots, *leaves[1:]).sum(), leaves[0], create_graph=True)
 
 
 @pytest.mark.parametrize(
@@ -165,15 +165,14 @@ def _in_child(queue, leaves, slots):
     queue.put([part.sum().item() for part in with_gradients(mixture, leaves, slots)])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_child_processes(method):
+def test_forked_processes():
     """A forked child of a process whose threads ran has none of them: it must not wait for them."""
     leaves, slots = problem(40, 8, 6, 4, 1, 2)
     leaves = [leaf.detach() for leaf in leaves]
     torch.set_num_threads(2)
     expected = [part.sum().item() for part in with_gradients(mixture, leaves, slots)]
     torch.set_num_threads(1)  # for torch itself, whose own threads do not survive a fork either
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue, leaves, slots))
     child.start()

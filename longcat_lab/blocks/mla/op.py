@@ -46,4 +46,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """`attention_reference` by torch's fused kernel of the device at hand."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    width, value_width = q.shape[-1], v.shape[-1]
+    if q.device.type == "cpu" and width != value_width:
+        # The CPU's fused kernel wants one width; with two, torch lays out all scores. Zeros change neither scores nor values.
+        q, k, v = (F.pad(each, (0, max(width, value_width) - each.shape[-1])) for each in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)[..., :value_width]

@@ -59,13 +59,13 @@ def balance_loss(p: Tensor, counts: Tensor, groups: int, expected_real_experts: 
 
     Source: LongCat-Flash (arXiv 2509.01322) section 2.3.
     """
-    tokens, zeros = len(p), len(counts) - n_routed
+    tokens, zeros = max(len(p), 1), len(counts) - n_routed  # a batch of nothing but padding: 0
     real = groups / (expected_real_experts * tokens) * counts[:n_routed].view(groups, -1).sum(1)
     shares = [real.repeat_interleave(n_routed // groups)]
     if zeros:
         shares.append((counts[n_routed:].sum() / (max(topk - expected_real_experts, 1e-9) * tokens)).expand(zeros))
     f = torch.cat(shares).to(p.dtype)
-    return f @ p.mean(0), f
+    return f @ (p.sum(0) / tokens), f
 
 
 class _AddLoss(torch.autograd.Function):

@@ -59,6 +59,10 @@ class MoEConfig(BlockConfig):
             raise ValueError(f"expected_real_experts is {self.real_experts}, above moe_topk or n_routed_experts: lower it")
         if self.zero_expert_num == 0 and self.real_experts != self.moe_topk:
             raise ValueError("expected_real_experts is below moe_topk, which needs zero_expert_num above 0")
+        if self.balance_loss_alpha and self.zero_expert_num and self.real_experts == self.moe_topk:
+            raise ValueError(
+                "balance_loss_alpha needs expected_real_experts below moe_topk, or zero_expert_num 0: no pick is left for these"
+            )
         if self.n_routed_experts % self.balance_groups:
             raise ValueError(f"balance_groups is {self.balance_groups}, which does not divide n_routed_experts {self.n_routed_experts}")
         if slots % self.n_group or self.topk_group > self.n_group:

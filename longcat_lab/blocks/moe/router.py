@@ -28,9 +28,10 @@ class Router(Block):
         slots = config.n_routed_experts + config.zero_expert_num
         self.classifier = nn.Linear(shape.hidden_size, slots, bias=False)
         self.register_buffer("e_score_correction_bias", torch.zeros(slots))
-        # Not weights, but state of the run, which its checkpoints keep. Counts are exact integers over all tokens since the last
-        # update, whatever the number of micro-batches.
+        # Not weights, but state of the run, which its checkpoints keep. Counts are exact integers, whatever the number of
+        # micro-batches: `counts` of this step (and this rank's part of it), `collected` of all steps since the last update.
         self.register_buffer("counts", torch.zeros(slots, dtype=torch.int64), persistent=False)
+        self.register_buffer("collected", torch.zeros(slots, dtype=torch.int64), persistent=False)
         self.register_buffer("errors", torch.zeros(2, slots), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("last", torch.zeros(slots, dtype=torch.int64), persistent=False)  # counts of the last update
@@ -73,9 +74,9 @@ class Router(Block):
         loss, f = balance_loss(kept, counts, c.balance_groups, c.real_experts, c.moe_topk, c.n_routed_experts)
         picked = p.view_as(p)  # the language model's gradient passes here, the balance loss's does not
         if not in_backward():
-            note = [torch.zeros_like(f), share * c.balance_loss_alpha * f]
-            self.gradients = [a + b for a, b in zip(self.gradients, note)] if self.gradients else note
-            sums = self.gradients[0]
+            self.gradients = self.gradients or [torch.zeros_like(f), torch.zeros_like(f)]
+            self.gradients[1].add_(share * c.balance_loss_alpha * f)
+            sums = self.gradients[0]  # of all passes of the step: a repeated block makes several before their backward
             picked.register_hook(lambda gradient: _add(sums, gradient.sum(0)))
             self.measured["balance_loss"] = float(loss.detach())
         weights = weigh(picked, slots, c.routed_scaling_factor, c.norm_topk_prob)
@@ -88,26 +89,29 @@ class Router(Block):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        c, picks = self.config, int(self.counts.sum())
+        c = self.config
         if self.gradients:
             language, balance = (float(g.norm()) for g in self.gradients)
             self.measured["router_gradient_ratio"] = balance / language if language else 0.0
             self.gradients = []
         self.steps += 1
+        self.collected += self.counts
+        self.counts.zero_()
+        picks = int(self.collected.sum())
         if picks == 0 or int(self.steps) % c.bias_update_period:
             return
         decay = 1.0 if c.bias_rate_half_life is None else 0.5 ** ((int(self.steps) - 1) / c.bias_rate_half_life)
         if c.bias_rule == "sign":
-            step = sign_step(self.counts, decay * c.bias_update_rate)
+            step = sign_step(self.collected, decay * c.bias_update_rate)
         else:
-            error = budget_error(self.counts, picks // c.moe_topk, c.moe_topk, c.real_experts, c.n_routed_experts)
+            error = budget_error(self.collected, picks // c.moe_topk, c.moe_topk, c.real_experts, c.n_routed_experts)
             errors = torch.stack((error, *self.errors.to(error)))
             gains = (c.bias_proportional_gain, c.bias_update_rate, c.bias_derivative_gain)
             step = controller_step(errors, *(decay * gain for gain in gains))
             self.errors.copy_(errors[:2])
         self.e_score_correction_bias += step.to(self.e_score_correction_bias)
-        self.last.copy_(self.counts)
-        self.counts.zero_()
+        self.last.copy_(self.collected)
+        self.collected.zero_()
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
@@ -145,9 +149,10 @@ class Router(Block):
         found = measured.get("real_experts_per_token")
         if found is None:
             return ["the router saw no token"]
+        steered = c.bias_update_rate or c.bias_proportional_gain or c.bias_derivative_gain
         if c.zero_expert_num and found >= c.moe_topk:
             said.append("its zero-experts were never picked")
-        elif c.zero_expert_num and c.bias_rule == "budget" and c.bias_update_rate and abs(found / c.real_experts - 1) > OFF_BUDGET:
+        elif c.zero_expert_num and c.bias_rule == "budget" and steered and abs(found / c.real_experts - 1) > OFF_BUDGET:
             said.append(f"{found:.3g} real experts a token, not the {c.real_experts:.3g} that were asked for")
         if c.n_routed_experts > 1 and measured.get("load_entropy", 1.0) < COLLAPSED:
             said.append(f"few experts do all the work (load entropy {measured['load_entropy']:.2f} of 1)")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,8 @@ from longcat_lab.blocks.decoder_layer.config import DecoderLayerConfig
 from longcat_lab.blocks.interface import BlockConfig, Budget, ModelShape, register
 from longcat_lab.blocks.mtp.module import MTP
 from longcat_lab.node import ConfigError
+
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]  # a tuple would not be found in YAML or JSON
 
 
 @register("mtp")
@@ -19,9 +21,12 @@ class MTPConfig(BlockConfig):
     num_nextn_predict_layers: int = Field(1, ge=1, description="D: tokens predicted beyond the next one")
     repeat_block: bool = Field(True, description="one block for all steps; false: a block of its own for each")
     block: Literal["dense", "layer"] = Field("dense", description="one attention and one dense network, or a layer of the trunk's kind")
-    hidden: Literal["raw", "normed"] = Field("raw", description="what the first step takes from the trunk: before or after its final norm")
+    hidden: Literal["raw", "normed"] = Field(
+        "raw", description="what a step takes from the one before it (the trunk, for the first): before or after that one's final norm"
+    )
+    recompute: bool = Field(True, description="blocks run again in backward instead of keeping their activations: less memory, little time")
     loss_weight: float = Field(0.1, ge=0, description="lambda: the mean of the steps' losses enters the loss with this weight")
-    loss_weight_schedule: list[tuple[float, float]] = Field(
+    loss_weight_schedule: list[Pair] = Field(
         [], description="pairs (share of the training steps, weight from there on), rising; before the first, loss_weight holds"
     )
     detach: bool = Field(False, description="train the prediction blocks alone: no gradient into trunk, embedding and head")
@@ -60,6 +65,10 @@ class MTPConfig(BlockConfig):
         return DecoderLayerConfig(first_k_dense_replace=1), replace(shape, layer_index=0)
 
     def check(self, shape: ModelShape) -> None:
+        attention, (layer, place) = shape.attention, self.inner(shape)
+        first = replace(place, attention_index=place.layer_index * (1 if layer.kind == "decoder" else 2))
+        if hasattr(attention, "owns_index") and not attention.owns_index(first):
+            raise ConfigError("model.mtp: its attention would reuse an index that no layer before it owns: make num_layers fit cli_factor.")
         if self.own_ngram_tables and getattr(shape.embedding, "ngram", None) is None:
             raise ConfigError(
                 "model.mtp.own_ngram_tables copies the tables of model.embedding.ngram, which is empty: give it tables, or write false."
@@ -76,9 +85,12 @@ class MTPConfig(BlockConfig):
         one = 3 * shape.norm.budget(shape) + Budget.of_weights(2 * shape.hidden_size**2) + layer.budget(place)
         head = Budget(flops_per_token=2.0 * shape.hidden_size * shape.vocab_size)  # the trunk's, used once more a step
         every_step = replace(one, params=0) + head
+        shared = Budget()
+        if getattr(shape.attention, "dsa_mtp_cli", False) and shape.attention.owns_index(place):  # steps 2 ... D take step 1's selection
+            shared = (1 - self.num_nextn_predict_layers) * replace(shape.attention.index_budget(place), params=0, state_bytes_per_token=0)
         own = self.own_embedding_config(shape)
         carried = Budget(params=own.budget(shape).params) if own else Budget()  # looked up or idle, never multiplied
-        return Budget(params=self.blocks * one.params) + self.num_nextn_predict_layers * every_step + carried
+        return Budget(params=self.blocks * one.params) + self.num_nextn_predict_layers * every_step + shared + carried
 
     def build(self, shape: ModelShape) -> MTP:
         return MTP(self, shape)

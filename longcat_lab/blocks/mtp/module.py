@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longcat_lab.blocks.context import ForwardContext
 from longcat_lab.blocks.interface import Block, ModelShape
@@ -18,6 +19,8 @@ class MTPBlock(Block):
 
         h^k_i = Layer( W_eh [ norm_e(E(t_{i+k})) ; norm_h(h^{k-1}_i) ] ),   P^k_{i+k+1} = Head(norm(h^k_i))
 
+    h^{k-1} is the state before the final norm that its step's logits take (`hidden: raw`, as the equations read), or after it
+    (`normed`, as transformers and the released servers run DeepSeek's and LongCat's weights).
     Source: DeepSeek-V3 (arXiv 2412.19437) eq. 21 to 23, with the order inside the brackets that the released weights have
     (embedding first). Parameter names are those of the LongCat checkpoints where they have one.
     """
@@ -62,7 +65,7 @@ class MTP(Block):
         """All steps over a whole sequence, each position with the true tokens ahead of it (teacher forcing).
 
         Args:
-            hidden: [B, T, H], h^0 of the trunk; tokens: int64 [B, T]; trunk: the trunk's embedding.
+            hidden: [B, T, H], h^0 of the trunk, normed where `hidden` says so; tokens: int64 [B, T]; trunk: the trunk's embedding.
             context: makes the context of one step (positions and masks are the trunk's).
 
         Returns:
@@ -72,8 +75,11 @@ class MTP(Block):
         found, h = [], hidden.detach() if self.config.detach else hidden
         for step in range(1, self.config.num_nextn_predict_layers + 1):
             block, ahead = self.block(step), nn.functional.pad(tokens[:, step:], (0, min(step, tokens.shape[1])))
-            h = block(h, self.embed(ahead, trunk), context())
+            inputs = (h, self.embed(ahead, trunk), context())
+            recompute = self.config.recompute and self.training and torch.is_grad_enabled()
+            h = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             found.append(block.norm(h))
+            h = h if self.config.hidden == "raw" else found[-1]
         return found
 
 

@@ -1,0 +1,132 @@
+"""A model's weights as a folder of a checkpoint, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longcat_lab.errors import LabError
+from longcat_lab.files import write_folder
+from longcat_lab.model.lm import LongcatLM
+from longcat_lab.model.pretrained.config import Naming, config_json, folds_scale
+from longcat_lab.model.pretrained.files import CONFIG, INDEX, WEIGHTS
+from longcat_lab.model.pretrained.names import Part, layout
+
+SHARD_BYTES = 5 * 10**9
+
+
+def save_pretrained(
+    model: LongcatLM,
+    folder: str | Path,
+    naming: Naming | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    transformers_zero_rows: bool = True,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Writes config.json and safetensors files that transformers and `from_pretrained` read: a tensor an expert, as published.
+
+    Weights are written from where they lie, one file at a time, in the model's dtypes; the folder appears whole or not at all.
+    Settings that change what is computed and have no key of their own (eps of the latents' norms other than 1e-6, which is what
+    transformers takes there whatever the file says; an unnormed start of the prediction steps) are noted under `longcat_lab` for
+    `from_pretrained`; settings of training alone are not written. The scale of a normalised n-gram mean is multiplied into the
+    token's rows and the projections.
+
+    Args:
+        folder: must not exist.
+        naming: `longcat` or `deepseek`; None: by the kind of the layers.
+        max_shard_bytes: largest size of a file's tensors, unless a single one is larger.
+        transformers_zero_rows: write gate and up rows of zeros for zero-experts. No model uses them, transformers 5 does not load
+            without them, and the published files do not have them: False writes those.
+        extra: further keys of config.json, such as `{"eos_token_id": 2}`.
+
+    Raises:
+        LabError: the folder exists, the disk is full, or these names cannot describe the model (says which setting).
+    """
+    folder = Path(folder).absolute()
+    if not isinstance(model, LongcatLM):
+        raise LabError(f"save_pretrained writes a LongcatLM, not a {type(model).__name__}: give the model itself.")
+    if folder.exists():
+        raise LabError(f"{folder} exists: give another folder, or delete it.")
+    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise LabError(f"max_shard_bytes is {max_shard_bytes!r}: give a positive number of bytes.")
+    config = model.config
+    naming = naming or ("deepseek" if config.layer.kind == "decoder" else "longcat")
+    if naming not in ("longcat", "deepseek"):
+        raise LabError(f"There is no naming {naming!r}: give 'longcat' or 'deepseek'.")
+    described = config_json(config, naming)
+    if taken := sorted(set(extra or {}) & set(described)):
+        raise LabError(f"extra sets {', '.join(taken)}, which the model itself says: leave it out.")
+    described |= {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **(extra or {})}
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if any(tensor.is_meta for tensor in state.values()):
+        raise LabError("The model has no weights (it is on the meta device): build it on another.")
+    parts = layout(config, naming, state, zero_rows=transformers_zero_rows)
+    scale = model.embed_tokens.scale if folds_scale(config) else 1.0
+    shards = list(_shards(parts, lambda part: _dtype(part, state).itemsize, max_shard_bytes))
+
+    def write(temporary: Path) -> None:
+        weight_map, total = {}, 0
+        for number, names in enumerate(shards, 1):
+            file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: _tensor(name, parts[name], state, scale) for name in names}
+            _save(tensors, temporary / file)
+            weight_map |= dict.fromkeys(names, file)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            del tensors
+        if len(shards) > 1:
+            _json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        _json(temporary / CONFIG, dict(sorted(described.items())))
+
+    write_folder(folder, write)
+
+
+def _dtype(part: Part, state: dict[str, Tensor]) -> torch.dtype:
+    return state[part.ours or "lm_head.weight"].dtype
+
+
+def _shards(parts: dict[str, Part], element_bytes: Callable[[Part], int], limit: int) -> Iterator[list[str]]:
+    """Names in their order, cut into files of at most `limit` bytes."""
+    names: list[str] = []
+    size = 0
+    for name, part in parts.items():
+        own = torch.Size(part.shape).numel() * element_bytes(part)
+        if names and size + own > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += own
+    yield names
+
+
+def _tensor(name: str, part: Part, state: dict[str, Tensor], scale: float) -> Tensor:
+    """What the file holds; a view of our tensor wherever that is possible."""
+    if part.ours is None:
+        return torch.zeros(part.shape, dtype=_dtype(part, state))
+    tensor = state[part.ours]
+    tensor = tensor[part.index] if part.index else tensor
+    if scale != 1.0 and (name == "model.embed_tokens.weight" or part.ours == "embed_tokens.projection.weight"):
+        tensor = (scale * tensor.double()).to(tensor.dtype)
+    tensor = tensor.cpu().contiguous()
+    return tensor.clone() if part.copy else tensor  # safetensors refuses two names for the same memory
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which hides the operating system's number in its text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from error
+
+
+def _json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,101 @@
+"""Figures of prediction steps: how well each predicts, and what it saves in decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from longcat_lab.notebook.style import COLOURS, INK, MARKERS, style
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def step_losses(metrics: pandas.DataFrame, skip: float = 0.05) -> Figure:
+    """A line a step: training loss of the next token and of each prediction step over the optimizer steps.
+
+    skip: share of the first steps that is not drawn, so that the fall at the start does not flatten the rest.
+    """
+    columns = {"loss": "next token"}
+    for column in sorted(c for c in metrics.columns if c.startswith("mtp/mtp_loss_")):
+        columns[column] = f"{int(column.rsplit('_', 1)[1]) + 1} tokens ahead"
+    drawn = metrics[metrics["step"] >= skip * metrics["step"].max()]
+    with style():
+        figure = Figure(figsize=(7.2, 3.2))
+        axes = figure.add_subplot()
+        for index, (column, name) in enumerate(columns.items()):
+            look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markevery": 0.2, "markersize": 4}
+            axes.plot(drawn["step"], drawn[column], label=name, **look)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("training loss (nats a token)")
+        axes.legend()
+    return figure
+
+
+def step_quality(summary: Mapping[str, Any]) -> Figure:
+    """Two panels of bars by distance: held-out loss (steps only) and accuracy, the trunk's own next token first.
+
+    Args:
+        summary: of a run with prediction steps.
+    """
+    steps = sum(key.startswith("mtp_accuracy_") for key in summary)
+    ahead = np.arange(1, steps + 2)
+    accuracy = [summary["next_accuracy"], *(summary[f"mtp_accuracy_{k}"] for k in range(1, steps + 1))]
+    losses = [summary[f"mtp_validation_loss_{k}"] for k in range(1, steps + 1)]
+    with style():
+        figure = Figure(figsize=(7.2, 2.8))
+        panels = ((ahead, accuracy, "held-out accuracy", "{:.1%}"), (ahead[1:], losses, "held-out loss (nats a token)", "{:.2f}"))
+        for number, (places, values, title, form) in enumerate(panels):
+            axes = figure.add_subplot(1, 2, number + 1)
+            colours = [COLOURS[(place - 1) % len(COLOURS)] for place in places]
+            bars = axes.bar(places, values, color=colours, width=0.6)
+            axes.bar_label(bars, [form.format(value) for value in values], color=INK, fontsize=8.5, padding=2)
+            axes.margins(y=0.14)
+            axes.set_title(title)
+            axes.set_xticks(ahead, ["next\n(trunk)", *(f"{place}\n(step {place - 1})" for place in ahead[1:])])
+            axes.set_xlim(0.4, steps + 1.6)
+            axes.grid(False, axis="x")
+            axes.set_xlabel("tokens ahead")
+        figure.tight_layout()
+    return figure
+
+
+def drafting(table: pandas.DataFrame) -> Figure:
+    """Left: what a pass of the trunk gains, and what goes through it, by drafting steps. Right: how often each step's draft holds.
+
+    Args:
+        table: of `drafting_table`.
+    """
+    last = table.iloc[-1]
+    acceptance = [last[column] for column in sorted(c for c in table.columns if c.startswith("acceptance_"))]
+    with style():
+        figure = Figure(figsize=(7.2, 3.0))
+        left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+        for index, (column, name) in enumerate(
+            (("accepted_length", "tokens gained by one pass"), ("work", "tokens computed for each gained"))
+        ):
+            left.plot(table.index, table[column], color=COLOURS[index], marker=MARKERS[index], label=name)
+            for steps, value in table[column].items():
+                if steps:
+                    left.annotate(
+                        f"{value:.2f}", (steps, value), (0, 7 if index == 0 else -14), textcoords="offset points", ha="center", fontsize=8
+                    )
+        left.set_xticks(list(table.index))
+        left.margins(x=0.1, y=0.2)
+        left.set_ylim(bottom=0)
+        left.set_xlabel("prediction steps that draft")
+        left.set_title("trunk, per verifying pass")
+        left.legend(loc="lower left", fontsize=8)
+        places = np.arange(1, len(acceptance) + 1)
+        bars = right.bar(places, acceptance, color=[COLOURS[place % len(COLOURS)] for place in places], width=0.6)
+        right.bar_label(bars, [f"{value:.0%}" for value in acceptance], color=INK, fontsize=8.5, padding=2)
+        right.set_xticks(places, [f"step {place}" for place in places])
+        right.set_ylim(0, 1.08)
+        right.grid(False, axis="x")
+        right.set_title("drafts that hold, where all before held")
+        right.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+        figure.tight_layout()
+    return figure
