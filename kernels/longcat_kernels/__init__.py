@@ -1,11 +1,14 @@
 """Compiled operators of longcat_lab. Importing this compiles and loads nothing: the first call of an operator does.
 
-`available()` and `why_not()` say whether the operators can be had here; `mixture` is the mixture's real-expert part on a CPU.
+`available()` and `why_not()` say whether the operators can be had here. On a CPU: `mixture` is a mixture's real-expert part,
+`attention` softmax attention under any mask, `silu_times` the activation of SwiGLU.
 """
 
 from __future__ import annotations
 
+from longcat_kernels.activation import silu_times
+from longcat_kernels.attention import attention
 from longcat_kernels.library import available, usable, why_not
 from longcat_kernels.mixture import mixture
 
-__all__ = ["available", "mixture", "usable", "why_not"]
+__all__ = ["attention", "available", "mixture", "silu_times", "usable", "why_not"]

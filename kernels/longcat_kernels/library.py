@@ -1,6 +1,6 @@
-"""Compiles the C++ source once a machine, keeps the shared library under the person's own cache, and loads it.
+"""Compiles the C++ sources once a machine, keeps the shared library under the person's own cache, and loads it.
 
-The source has no header of torch, so that compiling takes some two seconds; matrix products are those of the BLAS that torch
+They have no header of torch, so that compiling takes some five seconds; matrix products are those of the BLAS that torch
 itself carries, found by name in its library and handed over by address.
 """
 
@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("mixture.cpp")
+SOURCE = Path(__file__).with_name("longcat.cpp")  # includes the others
 # Not -ffast-math: a NaN must stay one, and a sum keeps its order.
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 SWITCH, CACHE = "LONGCAT_LAB_KERNELS", "LONGCAT_LAB_CACHE"
 BLAS = ("sgemm_", "dgemm_", "MKL_Set_Num_Threads_Local")
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}  # of the functions of one dtype
 
 
 class NotAvailable(Exception):
@@ -64,7 +65,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _warn_once() -> None:
-    warnings.warn(f"Mixtures of experts run on plain PyTorch, which is slower: {why_not()}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"Mixtures of experts and attention run on plain PyTorch, which is slower: {why_not()}", RuntimeWarning, stacklevel=4)
 
 
 @functools.cache
@@ -95,10 +96,15 @@ def _load(path: Path, blas: list[ctypes.c_void_p]) -> ctypes.CDLL:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     loaded.longcat_sort_picks.argtypes = [pointer, whole, whole, pointer, pointer]
     loaded.longcat_sort_picks.restype = whole
-    for suffix in ("f32", "f64"):
-        common = [pointer] * 7 + [whole] * 6
-        getattr(loaded, f"longcat_forward_{suffix}").argtypes = [*common, pointer]
-        getattr(loaded, f"longcat_backward_{suffix}").argtypes = [*common, *[pointer] * 5]
+    forms = {  # arguments of both directions, then the pointers that the backward one adds
+        "longcat": ([pointer] * 7 + [whole] * 6 + [pointer], 4),
+        "longcat_attention": ([pointer] * 8 + [ctypes.c_double, whole], 4),
+        "longcat_gated": ([pointer] * 2 + [whole] * 2 + [pointer], 2),
+    }
+    for suffix in SUFFIX.values():
+        for name, (arguments, added) in forms.items():
+            getattr(loaded, f"{name}_forward_{suffix}").argtypes = arguments
+            getattr(loaded, f"{name}_backward_{suffix}").argtypes = [*arguments, *[pointer] * added]
     return loaded
 
 
@@ -106,7 +112,7 @@ def _compiled() -> Path:
     """The shared library's path; compiles where it is not there yet."""
     compiler = _compiler()
     folder = _folder()
-    path = folder / f"mixture-{_fingerprint(compiler)}.so"
+    path = folder / f"longcat-{_fingerprint(compiler)}.so"
     if path.exists():
         _check_own(path)
         return path
@@ -151,7 +157,8 @@ def _compiler() -> list[str]:
 def _fingerprint(compiler: list[str]) -> str:
     """Of everything the machine code depends on; -march=native must never reach a processor of another kind."""
     said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-    parts = [SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), " ".join(compiler), said.stdout, torch.__version__, _processor()]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *sorted(SOURCE.parent.glob("*.cpp")))]
+    parts = [*sources, " ".join(FLAGS), " ".join(compiler), said.stdout, torch.__version__, _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from longcat_kernels.library import library
-
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+from longcat_kernels.library import SUFFIX, library
 
 
 def mixture(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from longcat_lab.blocks import Cache
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and afterwards, whatever happened, the mode from before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -33,22 +47,21 @@ def generate(
         int64 [T + at most count].
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    window, was_training = model.config.max_position_embeddings, model.training
-    model.eval()
+    window = model.config.max_position_embeddings
     cache = Cache() if cached and len(tokens) <= window else None
     fresh = tokens[None, -window:]
-    for _ in range(count):
-        if cache is not None and cache.length + fresh.shape[1] > window:
-            cache, fresh = None, tokens[None, -window:]
-        hidden = model.hidden(fresh, cache=cache)[:, -1:]
-        logits = model.lm_head(model.norm(hidden))[0, -1].float().cpu()
-        if temperature > 0:
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        else:
-            chosen = logits.argmax(keepdim=True)
-        tokens = torch.cat((tokens, chosen.to(tokens.device)))
-        if stop is not None and int(chosen) == stop:
-            break
-        fresh = tokens[None, -1:] if cache is not None else tokens[None, -window:]
-    model.train(was_training)
+    with evaluating(model):
+        for _ in range(count):
+            if cache is not None and cache.length + fresh.shape[1] > window:
+                cache, fresh = None, tokens[None, -window:]
+            hidden = model.hidden(fresh, cache=cache)[:, -1:]
+            logits = model.lm_head(model.norm(hidden))[0, -1].float().cpu()
+            if temperature > 0:
+                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                chosen = logits.argmax(keepdim=True)
+            tokens = torch.cat((tokens, chosen.to(tokens.device)))
+            if stop is not None and int(chosen) == stop:
+                break
+            fresh = tokens[None, -1:] if cache is not None else tokens[None, -window:]
     return tokens

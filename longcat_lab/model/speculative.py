@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longcat_lab.blocks import Cache
 from longcat_lab.errors import LabError
+from longcat_lab.model.generate import evaluating
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,18 @@ def speculate(model: torch.nn.Module, tokens: Tensor, count: int, stop: int | No
     if count < 1:
         steps = model.config.mtp.num_nextn_predict_layers
         return Speculation(tokens, 0, 0, [0] * steps, [0] * steps)
-    was_training = model.training
-    model.eval()
-    drafts, cache, end = _Drafts(model), Cache(), len(tokens) + count
+    with evaluating(model):
+        return _speculate(model, tokens, len(tokens) + count, stop)
+
+
+def _speculate(model: torch.nn.Module, tokens: Tensor, end: int, stop: int | None) -> Speculation:
+    drafts, cache, start = _Drafts(model), Cache(), len(tokens)
     drafted, accepted, rounds = [0] * drafts.steps, [0] * drafts.steps, 0
     hidden = model.hidden(tokens[None], cache=cache)
     tokens = torch.cat((tokens, _choices(model, hidden[:, -1:])))
     while len(tokens) < end and not (stop is not None and int(tokens[-1]) == stop):
-        proposal = drafts.propose(hidden, tokens)[: end - len(tokens) - 1]  # the verifying pass adds one token of its own
+        # The last round drafts as many as any other, so that its accepted length counts alike; what is too long is cut off below.
+        proposal = drafts.propose(hidden, tokens)
         fresh = model.hidden(torch.cat((tokens[-1:], proposal))[None], cache=cache)
         own = _choices(model, fresh)
         agrees = (proposal == own[:-1]).tolist()
@@ -109,8 +114,8 @@ def speculate(model: torch.nn.Module, tokens: Tensor, count: int, stop: int | No
         tokens = torch.cat((tokens, gained))
         cache.cut(len(tokens) - 1)
         hidden = torch.cat((hidden, fresh), 1)[:, : len(tokens) - 1]
-    model.train(was_training)
-    return Speculation(tokens, len(tokens) - (end - count), rounds, drafted, accepted)
+    tokens = tokens[:end]
+    return Speculation(tokens, len(tokens) - start, rounds, drafted, accepted)
 
 
 def _choices(model: torch.nn.Module, hidden: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What notebooks import: figures in one style, tables, and the parts of the result page."""
 
-from longcat_lab.notebook.drafting import drafting_table, prompts, with_steps
+from longcat_lab.notebook.drafting import after_real_text, drafting_table, prompts, with_steps
 from longcat_lab.notebook.figures import architecture_costs, curves, differences
 from longcat_lab.notebook.figures_moe import activated_range, class_experts, expert_load, held_budget, mixture_measures
 from longcat_lab.notebook.figures_mtp import drafting, step_losses, step_quality
@@ -11,6 +11,7 @@ from longcat_lab.notebook.style import show
 __all__ = [
     "Page",
     "activated_range",
+    "after_real_text",
     "architecture_costs",
     "class_experts",
     "curves",

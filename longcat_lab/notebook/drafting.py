@@ -39,6 +39,30 @@ def prompts(corpus: Corpus, config: RunConfig, number: int, length: int, split: 
     return [batch.tokens[0, :length] for batch in evaluation_batches(corpus.split(split), config.data.sequence_length, 1, number)]
 
 
+@torch.no_grad()
+def after_real_text(model: LongcatLM, texts: list[torch.Tensor]) -> pandas.DataFrame:
+    """One round of drafts right after each of `texts`: a row a number of drafting steps, `accepted_length` and `acceptance_K` as in
+    `drafting_table`.
+
+    A long continuation by a young model soon repeats itself, and what repeats is easy to draft; here nothing has been repeated yet.
+    Step k's draft is judged where all before it held, so it stands behind the trunk's own choices: one pass over those tells all.
+    """
+    import pandas
+
+    steps = model.config.mtp.num_nextn_predict_layers
+    held, judged = [0] * steps, [0] * steps
+    for text in texts:
+        tokens, at = generate(model, text, steps + 1)[None], len(text) - 1
+        for k, state in enumerate(model.ahead(model.hidden(tokens), tokens), 1):
+            judged[k - 1] += 1
+            if int(model.lm_head(state[0, at]).argmax()) != int(tokens[0, at + k + 1]):
+                break
+            held[k - 1] += 1
+    shares = {f"acceptance_{k + 1}": held[k] / judged[k] if judged[k] else float("nan") for k in range(steps)}
+    rows = [{"steps": n, "accepted_length": 1 + sum(held[:n]) / len(texts)} for n in range(steps + 1)]
+    return pandas.DataFrame(rows).set_index("steps").assign(**shares)
+
+
 def drafting_table(model: LongcatLM, texts: list[torch.Tensor], count: int) -> pandas.DataFrame:
     """A row a number of drafting steps, 0 (plain greedy decoding) to D; all decode `count` tokens after each of `texts`.
 

@@ -55,47 +55,53 @@ def step_quality(summary: Mapping[str, Any]) -> Figure:
             axes.bar_label(bars, [form.format(value) for value in values], color=INK, fontsize=8.5, padding=2)
             axes.margins(y=0.14)
             axes.set_title(title)
-            axes.set_xticks(ahead, ["next\n(trunk)", *(f"{place}\n(step {place - 1})" for place in ahead[1:])])
-            axes.set_xlim(0.4, steps + 1.6)
+            axes.set_xticks(places, [f"{place}\n(step {place - 1})" if place > 1 else "1\n(trunk)" for place in places])
             axes.grid(False, axis="x")
             axes.set_xlabel("tokens ahead")
         figure.tight_layout()
     return figure
 
 
-def drafting(table: pandas.DataFrame) -> Figure:
-    """Left: what a pass of the trunk gains, and what goes through it, by drafting steps. Right: how often each step's draft holds.
+def drafting(tables: Mapping[str, pandas.DataFrame]) -> Figure:
+    """Left: tokens that a pass of the trunk gains, by the steps that draft. Right: how often each step's draft holds.
 
     Args:
-        table: of `drafting_table`.
+        tables: name of the kind of text to a table of `drafting_table` or `after_real_text`.
     """
-    last = table.iloc[-1]
-    acceptance = [last[column] for column in sorted(c for c in table.columns if c.startswith("acceptance_"))]
+    steps = max(int(table.index.max()) for table in tables.values())
     with style():
-        figure = Figure(figsize=(7.2, 3.0))
+        figure = Figure(figsize=(7.2, 3.1))
         left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-        for index, (column, name) in enumerate(
-            (("accepted_length", "tokens gained by one pass"), ("work", "tokens computed for each gained"))
-        ):
-            left.plot(table.index, table[column], color=COLOURS[index], marker=MARKERS[index], label=name)
-            for steps, value in table[column].items():
-                if steps:
+        width = 0.8 / len(tables)
+        for index, (name, table) in enumerate(tables.items()):
+            colour = COLOURS[index % len(COLOURS)]
+            left.plot(table.index, table["accepted_length"], color=colour, marker=MARKERS[index % len(MARKERS)], label=name)
+            for place, value in table["accepted_length"].items():
+                if place:
                     left.annotate(
-                        f"{value:.2f}", (steps, value), (0, 7 if index == 0 else -14), textcoords="offset points", ha="center", fontsize=8
+                        f"{value:.2f}",
+                        (place, value),
+                        (0, (7, -14)[index % 2]),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8,
+                        color=colour,
                     )
-        left.set_xticks(list(table.index))
-        left.margins(x=0.1, y=0.2)
-        left.set_ylim(bottom=0)
+            values = [table.iloc[-1][f"acceptance_{k}"] for k in range(1, steps + 1)]
+            places = np.arange(1, steps + 1) + width * (index - (len(tables) - 1) / 2)
+            bars = right.bar(places, values, color=colour, width=0.9 * width, label=name)
+            right.bar_label(bars, [f"{value:.0%}" for value in values], color=INK, fontsize=8, padding=2)
+        left.plot(range(steps + 1), range(1, steps + 2), color=INK, linestyle=":", linewidth=1, label="all drafts hold")
+        left.set_xticks(range(steps + 1))
+        left.set_ylim(0.7, steps + 1.2)
         left.set_xlabel("prediction steps that draft")
-        left.set_title("trunk, per verifying pass")
-        left.legend(loc="lower left", fontsize=8)
-        places = np.arange(1, len(acceptance) + 1)
-        bars = right.bar(places, acceptance, color=[COLOURS[place % len(COLOURS)] for place in places], width=0.6)
-        right.bar_label(bars, [f"{value:.0%}" for value in acceptance], color=INK, fontsize=8.5, padding=2)
-        right.set_xticks(places, [f"step {place}" for place in places])
-        right.set_ylim(0, 1.08)
+        left.set_title("tokens gained by one verifying pass")
+        right.set_xticks(range(1, steps + 1), [f"step {place}" for place in range(1, steps + 1)])
+        right.set_ylim(0, 1.12)
         right.grid(False, axis="x")
         right.set_title("drafts that hold, where all before held")
         right.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(labels))
         figure.tight_layout()
     return figure

@@ -77,6 +77,8 @@ class _Session:
         for held in self.corpus.splits:  # now, and not when training is over
             window_count(self.corpus.split(held), config.data.sequence_length)
         self.device = device.choose(config.training.device)
+        if config.training.growth:
+            growth.check(config)
         torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
         self._assemble(checkpoint.latest_step(folder))
         self.loader = Loader(

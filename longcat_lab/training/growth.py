@@ -12,6 +12,7 @@ from torch import nn
 
 from longcat_lab.config import RunConfig
 from longcat_lab.errors import LabError
+from longcat_lab.model import build
 
 LAYER = re.compile(r"^layers\.(\d+)\.")
 
@@ -27,25 +28,33 @@ def source_name(name: str, layers: int) -> str:
     return LAYER.sub(lambda found: f"layers.{int(found[1]) % layers}.", name)
 
 
-@torch.no_grad()
-def stack(small: nn.Module, large: nn.Module) -> None:
-    """Copies every parameter and buffer of `small` into `large`, whose layer i gets those of layer i modulo small's depth.
+def pairs(small: nn.Module, large: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(target, source) for every parameter and buffer of `large`, whose layer i has its source in small's layer i modulo its depth.
 
     Raises:
-        LabError: a layer of `large` has parts that its source does not have (layers that differ by their place); nothing is copied.
+        LabError: a layer of `large` has parts that its source does not have (layers that differ by their place).
     """
-    layers = len(small.layers)
-    pairs = []
+    layers, found = len(small.layers), []
     for collect in (nn.Module.named_parameters, nn.Module.named_buffers):
         sources, targets = dict(collect(small)), dict(collect(large))
         for name, target in targets.items():
             source = sources.get(source_name(name, layers))
             if source is None or source.shape != target.shape:
-                raise LabError(
-                    f"training.growth: '{name}' has no counterpart in the shallow model; all layers must be alike to be stacked."
-                )
-            pairs.append((target, source))
-    for target, source in pairs:
+                raise LabError(f"training.growth: '{name}' has no counterpart in the shallow model; layers must be alike to be stacked.")
+            found.append((target, source))
+    return found
+
+
+def check(config: RunConfig) -> None:
+    """Raises what `stack` would, before anything is trained."""
+    with torch.device("meta"):
+        pairs(build(shallow(config)), build(config))
+
+
+@torch.no_grad()
+def stack(small: nn.Module, large: nn.Module) -> None:
+    """Copies every parameter and buffer of `small` into `large` as `pairs` says."""
+    for target, source in pairs(small, large):
         target.copy_(source)
 
 

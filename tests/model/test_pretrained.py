@@ -34,6 +34,9 @@ DEEPSEEK |= SIZES | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_sh
 DEEPSEEK |= {"num_mtp_layers": 0}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 1.0}
 
+SPARSE = {key: value for key, value in DEEPSEEK.items() if key != "num_mtp_layers"}
+SPARSE |= {"index_n_heads": 8, "index_head_dim": 16, "index_topk": 10}  # of 40 tokens
+
 CASES = {
     "longcat": ("LongcatFlash", LONGCAT),
     "longcat-yarn": ("LongcatFlash", LONGCAT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
@@ -41,6 +44,8 @@ CASES = {
     "deepseek-plain-queries": ("DeepseekV3", DEEPSEEK | {"q_lora_rank": None, "norm_topk_prob": False}),
     "deepseek-yarn": ("DeepseekV3", DEEPSEEK | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
     "deepseek-yarn-amplitude": ("DeepseekV3", DEEPSEEK | {"rope_parameters": YARN | {"mscale_all_dim": 0.5}}),
+    "sparse": ("DeepseekV32", SPARSE),
+    "sparse-yarn": ("DeepseekV32", SPARSE | {"n_shared_experts": 0, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
 }
 
 
@@ -132,7 +137,18 @@ def test_the_comparison_sees_bias_and_latent_eps(case, theirs):
     assert (logits(model, tokens) - wanted).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("case", ["longcat", "deepseek"])
+def test_the_comparison_sees_the_selection_and_its_layout(theirs, tmp_path):
+    """transformers' indexer turns pairs (0, d/2), its attention (0, 1); scale and sign of the scores are no matter of taste either."""
+    folder, wanted, tokens, _ = theirs("sparse")
+    assert lab.from_pretrained(folder).config.attention.index_rope_layout == "half-split"
+    shutil.copytree(folder, tmp_path / "other")
+    for keys in ({"indexer_rope_interleave": True}, {"index_topk": 11}, {"index_topk": 40}):
+        data = json.loads((folder / "config.json").read_text()) | keys
+        (tmp_path / "other/config.json").write_text(json.dumps(data))
+        assert (logits(lab.from_pretrained(tmp_path / "other"), tokens) - wanted).abs().max() > 1e-2, keys
+
+
+@pytest.mark.parametrize("case", ["longcat", "deepseek", "sparse"])
 def test_a_round_trip_keeps_every_tensor_and_every_key(case, theirs, tmp_path):
     folder, *_ = theirs(case)
     lab.save_pretrained(lab.from_pretrained(folder), tmp_path / "saved")
@@ -254,7 +270,9 @@ def test_names_of_the_prediction_modules(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_deepseek_prediction_layer_is_that_of_transformers(tmp_path):
+def test_deepseek_prediction_layers_are_those_of_transformers(tmp_path, monkeypatch):
+    """Both steps, each with a block of its own; transformers hands a step's normed state to the next."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # no pool of threads: nothing here depends on the machine's load
     parts = deepseek_parts(hidden="normed")
     parts["attention"]["latent_norm_eps"] = 1e-6
     model, tokens = built(config(**parts, rope={"kind": "rope"})), torch.randint(0, 300, (2, 20))
@@ -262,12 +280,19 @@ def test_deepseek_prediction_layer_is_that_of_transformers(tmp_path):
     main = hugging("DeepseekV3ForCausalLM").from_pretrained(tmp_path / "a").eval()
     main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[23]\."]  # where transformers looks for them; it knows layer 61 alone
     mtp = sys.modules["transformers"].modeling_layers.MtpModel.from_pretrained(main).eval()
+    ours = model.state_dict()
+    for step in range(2):
+        there = mtp.layers[step].state_dict()
+        for name, at in {"eh_proj.weight": "eh_proj.weight", "post_norm.weight": "norm.weight"}.items():
+            assert torch.equal(there[name], ours[f"mtp.layers.{step}.{at}"])
     with torch.no_grad():
-        hidden, positions = main(tokens, output_hidden_states=True).hidden_states[-1], torch.arange(19)[None]
-        embedded = main.model.embed_tokens(tokens[:, 1:])
-        wanted = mtp.layers[0](embedded, hidden[:, :-1], main.model.rotary_emb(embedded, positions), None, positions, None)
-        found = model.ahead(model.hidden(tokens), tokens)[0][:, :-1]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+        hidden = main(tokens, output_hidden_states=True).hidden_states[-1]
+        found = model.ahead(model.hidden(tokens), tokens)
+        for step, each in enumerate(found, 1):
+            embedded, positions = main.model.embed_tokens(tokens[:, step:]), torch.arange(20 - step)[None]
+            turned = main.model.rotary_emb(embedded, positions)
+            hidden = mtp.layers[step - 1](embedded, hidden[:, :-1], turned, None, positions, None)
+            torch.testing.assert_close(each[:, : 20 - step], hidden, rtol=0, atol=1e-4)
 
 
 def test_flash_lite_and_longcat_2_names_of_the_tables(tmp_path):

@@ -68,7 +68,8 @@ KEYS = {
         ({"attention_dropout": 0.1}, "attention_dropout", "0.1"),
         ({"sliding_window": 128}, "sliding_window", "null"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config", "convert the checkpoint"),
-        ({"index_topk": 2048}, "index_topk", "cannot be read yet"),
+        ({"index_topk": 2048}, "'index_n_heads' is missing", "config.json"),
+        ({"cli_factor": 2}, "'cli_factor' is 2", "only have 1"),
         ({"nextn_use_scmoe": True}, "nextn_use_scmoe", "false"),
         ({"n_shared_experts": 2}, "n_shared_experts", "0"),
         ({"num_key_value_heads": 1}, "num_key_value_heads", "only 2"),
@@ -97,7 +98,8 @@ KEYS = {
         ({"moe_layer_freq": 2}, "moe_layer_freq", "1"),
         ({"zero_expert_num": 4}, "zero_expert_num", "0"),
         ({"n_group": 2}, "n_group 2", "divide"),
-        ({"model_type": "deepseek_v32"}, "deepseek_v32", "deepseek_v3"),
+        ({"model_type": "deepseek_v2"}, "deepseek_v2", "deepseek_v32"),
+        ({"model_type": "deepseek_v32"}, "'index_n_heads' is missing", "config.json"),
     ],
 }
 

@@ -41,7 +41,8 @@ def test_tokens_are_those_of_greedy_decoding(arm, steps):
         found = speculate(model, prompt, count)
         assert torch.equal(found.tokens, generate(model, prompt, count))
         assert found.generated == count and len(found.drafted) == len(found.accepted) == steps
-        assert found.generated == 1 + found.rounds + sum(found.accepted)  # the first token comes with the prompt
+        gained = 1 + found.rounds + sum(found.accepted)  # the first token comes with the prompt; the last round may go beyond the end
+            assert found.generated <= gained <= found.generated + len(found.drafted)
         assert all(0 <= a <= d <= found.rounds for a, d in zip(found.accepted, found.drafted, strict=True))
         assert found.accepted == sorted(found.accepted, reverse=True)
         if sum(found.accepted):

@@ -9,6 +9,14 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = {
     "00_tour": lambda tmp: {"preset": "tiny", "steps": 20, "run_folder": str(tmp / "tour"), "progress": False},
+    "10_moe": lambda tmp: {
+        "preset": "tiny",
+        "steps": 20,
+        "overrides": ["model.moe.balance_loss_alpha=0.01"],  # so that R_g is drawn too
+        "run_folder": str(tmp / "moe"),
+        "progress": False,
+    },
+    "40_mtp": lambda tmp: {"preset": "tiny", "steps": 20, "overrides": [], "run_folder": str(tmp / "mtp"), "progress": False},
     "run": lambda tmp: {"preset": "tiny"},
     "report": None,  # executed by the sweep's own test, on a real sweep
 }

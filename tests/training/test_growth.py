@@ -94,7 +94,7 @@ def test_layers_that_differ_by_their_place_are_refused_and_nothing_is_copied():
     config = load("tiny", *GROW, "model.layer.kind=decoder", "model.layer.first_k_dense_replace=1")
     small, large = build(growth.shallow(config), seed=1), build(config, seed=2)
     before = copy.deepcopy(large.state_dict())
-    with pytest.raises(LabError, match=r"training.growth: 'layers\.2\..*all layers must be alike") as caught:
+    with pytest.raises(LabError, match=r"training.growth: 'layers\.2\..*layers must be alike") as caught:
         growth.stack(small, large)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in large.state_dict().items())
@@ -117,8 +117,6 @@ def whole(request, tmp_path_factory):
 @pytest.mark.parametrize("at", [4, 6, 7])
 def test_a_run_stopped_before_at_and_after_growth_goes_on_with_the_same_bits(whole, tmp_path, at):
     overrides, finished = whole
-    if overrides[-1].endswith("muon") and at != 6:
-        pytest.skip("the optimizer matters at the step itself")
     asked = []
     lab.fit(load("tiny", *overrides), tmp_path / "run", progress=False, stop=lambda: asked.append(1) or len(asked) == at)
     folder = next((tmp_path / "run").glob("checkpoint-*"))

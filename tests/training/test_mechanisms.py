@@ -27,7 +27,7 @@ def said(*overrides, **measured):
         ((), {"real_experts_per_token": 2.0}, "its zero-experts were never picked"),
         ((), {"real_experts_per_token": 1.5, "load_entropy": 0.3}, r"few experts do all the work \(load entropy 0.30"),
         (("model.moe.balance_loss_alpha=0.1",), {"real_experts_per_token": 1.5}, "its balance loss had no gradient"),
-        ((), {}, "the router saw no token"),
+        ((), {}, "its router made no step"),
         (("model.moe.bias_update_rate=0", "model.moe.bias_proportional_gain=0.1"), {"real_experts_per_token": 1.7}, "not the 1.5"),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_healthy_run_names_nothing(tmp_path):
     [
         (("model.moe.expected_real_experts=0.3", "model.moe.bias_update_rate=1e-5"), "real experts a token, not the 0.3"),
         (("model.moe.expected_real_experts=2.0", "model.moe.bias_update_rate=50"), "its zero-experts were never picked"),
-        (("model.moe.bias_update_period=100",), "the router saw no token"),
+        (("model.moe.bias_update_period=100",), "its router made no step"),
         (("model.embedding.ngram.table_init_ratio=0", "training.optimizer.table_lr_multiplier=0"), "its tables are still empty"),
     ],
     ids=["budget", "no zero", "no update", "tables"],

@@ -57,7 +57,7 @@ def experts_grouped(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, 
         gate, up = F.grouped_mm(u[picks // topk], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
         computed = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
         values = values.index_copy(0, picks, computed * weights.flatten()[picks, None].to(u.dtype))
-    return values.view(tokens, topk, -1).sum(1)
+    return values.view(tokens, topk, u.shape[-1]).sum(1)
 
 
 def zero_experts(u: Tensor, slots: Tensor, weights: Tensor, n_routed: int, zero_expert_type: ZeroExpertType) -> Tensor | None:

@@ -148,7 +148,7 @@ class Router(Block):
         c, said = self.config, []
         found = measured.get("real_experts_per_token")
         if found is None:
-            return ["the router saw no token"]
+            return ["its router made no step: it saw no token, or bias_update_period is longer than the run"]
         steered = c.bias_update_rate or c.bias_proportional_gain or c.bias_derivative_gain
         if c.zero_expert_num and found >= c.moe_topk:
             said.append("its zero-experts were never picked")

@@ -24,7 +24,7 @@ class MTPConfig(BlockConfig):
     hidden: Literal["raw", "normed"] = Field(
         "raw", description="what a step takes from the one before it (the trunk, for the first): before or after that one's final norm"
     )
-    recompute: bool = Field(True, description="blocks run again in backward instead of keeping their activations: less memory, little time")
+    recompute: bool = Field(True, description="run again in backward instead of keeping activations: less memory, little time")
     loss_weight: float = Field(0.1, ge=0, description="lambda: the mean of the steps' losses enters the loss with this weight")
     loss_weight_schedule: list[Pair] = Field(
         [], description="pairs (share of the training steps, weight from there on), rising; before the first, loss_weight holds"

@@ -75,12 +75,20 @@ class MTP(Block):
         found, h = [], hidden.detach() if self.config.detach else hidden
         for step in range(1, self.config.num_nextn_predict_layers + 1):
             block, ahead = self.block(step), nn.functional.pad(tokens[:, step:], (0, min(step, tokens.shape[1])))
-            inputs = (h, self.embed(ahead, trunk), context())
+            inputs = (h, self.embed(ahead, trunk), _without_the_end(context(), tokens, step))
             recompute = self.config.recompute and self.training and torch.is_grad_enabled()
             h = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             found.append(block.norm(h))
             h = h if self.config.hidden == "raw" else found[-1]
         return found
+
+
+def _without_the_end(context: ForwardContext, tokens: Tensor, step: int) -> ForwardContext:
+    """`context` with the last `step` positions of each row as padding: what they read is no token, and no expert should work on it."""
+    end = torch.zeros_like(tokens, dtype=torch.bool)
+    end[:, max(0, tokens.shape[1] - step) :] = True
+    context.padding = end if context.padding is None else context.padding | end
+    return context
 
 
 def step_labels(labels: Tensor, document_ids: Tensor | None, step: int, ignored: int = -100) -> Tensor:

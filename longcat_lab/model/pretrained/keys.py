@@ -26,7 +26,6 @@ FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
     "attention_dropout": 0,
-    "attention_method": "MLA",
     "rope_interleave": True,
     "partial_rotary_factor": 1,
     "moe_layer_freq": 1,
@@ -39,16 +38,10 @@ FIXED: dict[str, Any] = {
     "special_token_scope": None,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
-    "index_topk": None,
-    "index_n_heads": None,
-    "index_head_dim": None,
-    "dsa_mtp_cli": False,
 }
 WHY = {
     "quantization_config": "only weights in floating point can be read: convert the checkpoint to bfloat16",
-    "index_topk": "sparse attention with an indexer cannot be read yet",
-    "index_n_heads": "sparse attention with an indexer cannot be read yet",
-    "index_head_dim": "sparse attention with an indexer cannot be read yet",
+    "mtp_disable_over_tokenizer": "prediction steps carry n-gram tables of their own but never read them",
 }
 
 
@@ -86,7 +79,7 @@ class Keys:
         if kind is float and type(value) is int:
             return float(value)
         if type(value) is not kind:
-            words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
+            words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values", list: "a list"}
             raise self.error(f"'{found[0]}' is {value!r}, but must be {words[kind]}.")
         return value
 

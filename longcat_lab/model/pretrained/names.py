@@ -10,7 +10,8 @@ from torch import Tensor
 
 from longcat_lab.blocks.ngram_embedding.op import table_moduli
 from longcat_lab.config.model import ModelConfig
-from longcat_lab.model.pretrained.config import Naming
+from longcat_lab.model.pretrained.config import MTP_TABLE, Naming
+from longcat_lab.model.pretrained.sparse import is_sparse
 
 ROUTER = re.compile(r"\.router\.(classifier\.weight|e_score_correction_bias)$")  # of our names: fp32 whatever the rest is
 
@@ -70,22 +71,18 @@ def layout(
         tensors: our state, for the shapes alone (meta tensors do).
         found: names in the checkpoint to be read, which tell its variant (stacked experts, names of the n-gram tables); None for
             the one that is written: an expert a tensor, as published.
-        zero_rows: with the gate and up rows of zero-experts, and other tensors without a use, that transformers asks for.
+        zero_rows: with the gate and up rows of zero-experts, and other tensors without a use, that transformers asks for; never
+            written for LongCat's sparse models, which it does not have.
     """
+    zero_rows = zero_rows and not (found is None and naming == "longcat" and is_sparse(config))
     parts: dict[str, Part] = {}
     for ours, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if ours.endswith((".mlp.gate_up_proj", ".mlp.down_proj")):
             parts.update(_experts(ours, tensor, config, naming, found, zero_rows))
-        elif ours == "embed_tokens.tables":
-            parts.update(_tables(config, tensor, found))
-        elif ours == "embed_tokens.projection.weight":
-            count = shape[1] // tensors["embed_tokens.tables"].shape[1]
-            width = shape[1] // count
-            for i in range(count):
-                part = Part((shape[0], width), ours, (slice(None), slice(i * width, (i + 1) * width)))
-                parts[_ngram_name("post_projs", i, found)] = part
-        else:
+        elif ours.endswith("embed_tokens.tables"):
+            parts.update(_ngrams(ours.removesuffix(".tables"), tensor, config, found))
+        elif not ours.endswith("embed_tokens.projection.weight"):
             parts[file_name(ours, config, naming)] = Part(shape, ours)
     parts.update(_copies(config, naming, tensors, found))
     if naming == "deepseek" and zero_rows and config.moe.n_shared_experts == 0:
@@ -111,16 +108,24 @@ def _experts(
             yield f"{place}.experts.{expert}.{name}.weight", Part((inner, shape[2]), ours if real else None, (expert, rows) if real else ())
 
 
-def _ngram_name(kind: str, i: int, found: Collection[str] | None) -> str:
-    """Flash-Lite's names, or LongCat-2.0's where the checkpoint has those."""
-    other = {"embedders": f"model.oe_embed_tokens{i}.weight", "post_projs": f"model.oe_embed_proj{i}.weight"}[kind]
-    return other if found is not None and other in found else f"model.ngram_embeddings.{kind}.{i}.weight"
+def _ngrams(ours: str, tables: Tensor, config: ModelConfig, found: Collection[str] | None) -> Iterator[tuple[str, Part]]:
+    """Tables and projections of the embedding `ours`, a tensor each, in Flash-Lite's names or in those of the sparse models.
 
-
-def _tables(config: ModelConfig, tables: Tensor, found: Collection[str] | None) -> Iterator[tuple[str, Part]]:
-    ngram, start = config.embedding.ngram, 0
+    The sparse models have `model.oe_embed_tokens0.weight` and `model.oe_embed_proj0.weight`. The copy that LongCat-2.0's prediction
+    module carries is written as `model.mtp.oe_embed_tokens0.weight` and so on, by analogy with `model.mtp.embed_tokens.weight`: the
+    published names were not seen, so it is found in a checkpoint wherever it lies below `model.mtp.`.
+    """
+    place = "model." if ours == "embed_tokens" else "model.mtp."
+    if found is not None and place == "model.mtp.":
+        place = next((match[1] for match in map(MTP_TABLE.fullmatch, found) if match), place)
+    flat = is_sparse(config) if found is None else f"{place}oe_embed_tokens0.weight" in found
+    kinds = ("oe_embed_tokens", "oe_embed_proj") if flat else ("ngram_embeddings.embedders.", "ngram_embeddings.post_projs.")
+    table, projection = (f"{place}{kind}" for kind in kinds)
+    ngram, start, width = config.embedding.ngram, 0, tables.shape[1]
     for i, rows in enumerate(table_moduli(config.vocab_size, ngram.vocab_ratio, ngram.order, ngram.splits)):
-        yield _ngram_name("embedders", i, found), Part((rows, tables.shape[1]), "embed_tokens.tables", (slice(start, start + rows),))
+        columns = (slice(None), slice(i * width, (i + 1) * width))
+        yield f"{table}{i}.weight", Part((rows, width), f"{ours}.tables", (slice(start, start + rows),))
+        yield f"{projection}{i}.weight", Part((config.hidden_size, width), f"{ours}.projection.weight", columns)
         start += rows
 
 

@@ -31,10 +31,12 @@ def from_pretrained(
     device: torch.device | str | None = None,
     latent_norm_eps: float | None = None,
 ) -> LongcatLM:
-    """A model from a folder with Hugging Face's config.json and safetensors files, in LongCat's or DeepSeek-V3's names.
+    """A model from a folder with Hugging Face's config.json and safetensors files, in LongCat's or DeepSeek's names.
 
-    Read are `longcat_flash`, `longcat_flash_ngram` (Flash-Lite), LongCat-2.0's keys without its sparse attention, and `deepseek_v3`;
-    experts a tensor each, as published, or stacked; prediction modules where the files hold one. Names and shapes of all files
+    Read are `longcat_flash`, `longcat_flash_ngram` (Flash-Lite), the sparse models LongCat-2.0 and Flash-Lite-Sparse (without a
+    `model_type`), `deepseek_v3` and `deepseek_v32`; experts a tensor each, as published, or stacked; prediction modules where the
+    files hold one. The names of the n-gram tables that LongCat-2.0's prediction module carries are not confirmed: any place below
+    `model.mtp.` will do. The layout of its indexers' RoPE is in no key: it is what the engines have. Names and shapes of all files
     are checked before anything is read, and each tensor goes straight to its place: memory is that of the model and a few
     megabytes. Nothing in the folder is run. A second copy of a shared tensor (DeepSeek's `embed_tokens` and `shared_head.head`
     of the prediction layers) is left out, with a warning where it is none.

@@ -16,7 +16,8 @@ from torch import Tensor
 from longcat_lab.errors import LabError
 from longcat_lab.files import write_folder
 from longcat_lab.model.lm import LongcatLM
-from longcat_lab.model.pretrained.config import Naming, config_json, folds_scale
+from longcat_lab.model.pretrained.config import Naming
+from longcat_lab.model.pretrained.describe import config_json, folds_scale
 from longcat_lab.model.pretrained.files import CONFIG, INDEX, WEIGHTS
 from longcat_lab.model.pretrained.names import Part, layout
 
@@ -34,6 +35,8 @@ def save_pretrained(
     """Writes config.json and safetensors files that transformers and `from_pretrained` read: a tensor an expert, as published.
 
     Weights are written from where they lie, one file at a time, in the model's dtypes; the folder appears whole or not at all.
+    LongCat's sparse models, which transformers does not have, get the keys and names of LongCat-2.0; those of the n-gram tables of its
+    prediction module (`model.mtp.oe_embed_tokens0.weight`, `model.mtp.oe_embed_proj0.weight`) are by analogy and not confirmed.
     Settings that change what is computed and have no key of their own (eps of the latents' norms other than 1e-6, which is what
     transformers takes there whatever the file says; an unnormed start of the prediction steps) are noted under `longcat_lab` for
     `from_pretrained`; settings of training alone are not written. The scale of a normalised n-gram mean is multiplied into the
@@ -44,7 +47,7 @@ def save_pretrained(
         naming: `longcat` or `deepseek`; None: by the kind of the layers.
         max_shard_bytes: largest size of a file's tensors, unless a single one is larger.
         transformers_zero_rows: write gate and up rows of zeros for zero-experts. No model uses them, transformers 5 does not load
-            without them, and the published files do not have them: False writes those.
+            without them, and the published files do not have them: False writes those. Never written for LongCat's sparse models.
         extra: further keys of config.json, such as `{"eos_token_id": 2}`.
 
     Raises:

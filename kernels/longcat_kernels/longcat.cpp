@@ -1,0 +1,5 @@
+// All operators as one library.
+
+#include "activation.cpp"
+#include "attention.cpp"
+#include "mixture.cpp"
