@@ -44,7 +44,7 @@ def after_real_text(model: LongcatLM, texts: list[torch.Tensor]) -> pandas.DataF
     """One round of drafts right after each of `texts`: a row a number of drafting steps, `accepted_length` and `acceptance_K` as in
     `drafting_table`.
 
-    A long continuation by a young model soon repeats itself, and what repeats is easy to draft; here nothing has been repeated yet.
+    A long continuation by a young model soon goes round in circles, which a step drafts right every time or never; here it has not begun.
     Step k's draft is judged where all before it held, so it stands behind the trunk's own choices: one pass over those tells all.
     """
     import pandas

@@ -57,6 +57,7 @@ def step_quality(summary: Mapping[str, Any]) -> Figure:
             axes.set_title(title)
             axes.set_xticks(places, [f"{place}\n(step {place - 1})" if place > 1 else "1\n(trunk)" for place in places])
             axes.grid(False, axis="x")
+            axes.set_axisbelow(True)
             axes.set_xlabel("tokens ahead")
         figure.tight_layout()
     return figure
@@ -99,6 +100,7 @@ def drafting(tables: Mapping[str, pandas.DataFrame]) -> Figure:
         right.set_xticks(range(1, steps + 1), [f"step {place}" for place in range(1, steps + 1)])
         right.set_ylim(0, 1.12)
         right.grid(False, axis="x")
+        right.set_axisbelow(True)
         right.set_title("drafts that hold, where all before held")
         right.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         handles, labels = left.get_legend_handles_labels()

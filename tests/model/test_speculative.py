@@ -42,7 +42,7 @@ def test_tokens_are_those_of_greedy_decoding(arm, steps):
         assert torch.equal(found.tokens, generate(model, prompt, count))
         assert found.generated == count and len(found.drafted) == len(found.accepted) == steps
         gained = 1 + found.rounds + sum(found.accepted)  # the first token comes with the prompt; the last round may go beyond the end
-            assert found.generated <= gained <= found.generated + len(found.drafted)
+        assert found.generated <= gained <= found.generated + len(found.drafted)
         assert all(0 <= a <= d <= found.rounds for a, d in zip(found.accepted, found.drafted, strict=True))
         assert found.accepted == sorted(found.accepted, reverse=True)
         if sum(found.accepted):
