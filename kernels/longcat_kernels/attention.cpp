@@ -17,10 +17,12 @@
 
 namespace {
 
-constexpr int64_t kQueries = 128;   // of a block at most
+constexpr int64_t kQueries = 64;    // of a block at most
 constexpr int64_t kFewest = 16;     // of a block at least, where it could end earlier because the next row's keys are all others
 constexpr int64_t kKeys = 512;      // of a chunk: its scores, 0.25 MiB in fp32 (twice that backward), fit a level-2 cache
 constexpr int64_t kLine = kKeys + 16;  // elements from one row of scores to the next; a power of 2 would collide in the cache
+
+constexpr int64_t kVector = 16;        // elements worked on at once; chunks and lines are multiples of it
 
 // [batch, heads, rows, width], the last dimension dense; distances in elements.
 template <class T>
@@ -112,28 +114,21 @@ struct Part {
   }
 };
 
-// x[s] = exp(x[s] - shift) where visible, else 0; returns their sum.
+// x[s] = exp(x[s] - shift) where visible, else 0; returns their sum. Whole vectors, and zeros after them: rows at the diagonal end
+// anywhere, and single elements would cost as much as the vectors.
 template <class T>
 T exponentials(T* __restrict x, const Part& part, int64_t keys, T shift) {
-  T sum = 0;
+  const int64_t begin = part.first / kVector * kVector, end = (part.end + kVector - 1) / kVector * kVector;
+  for (int64_t s = begin; s < end; s += kVector)
+    for (int64_t i = s; i < s + kVector; ++i) x[i] = exponential(x[i] - shift);
+  if (part.mask)
+    for (int64_t s = part.first; s < part.end; ++s) x[s] = part.mask[s] ? x[s] : T(0);
   std::fill(x, x + part.first, T(0));
-  if (part.mask) {
-    const uint8_t* __restrict mask = part.mask;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t s = part.first; s < part.end; ++s) {
-      const T value = mask[s] ? exponential(x[s] - shift) : T(0);
-      x[s] = value;
-      sum += value;
-    }
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t s = part.first; s < part.end; ++s) {
-      const T value = exponential(x[s] - shift);
-      x[s] = value;
-      sum += value;
-    }
-  }
-  std::fill(x + part.end, x + keys, T(0));
+  std::fill(x + part.end, x + std::max(keys, end), T(0));
+  T sums[kVector] = {}, sum = 0;
+  for (int64_t s = begin; s < end; s += kVector)
+    for (int64_t i = 0; i < kVector; ++i) sums[i] += x[s + i];
+  for (const T part_sum : sums) sum += part_sum;
   return sum;
 }
 

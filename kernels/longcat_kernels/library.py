@@ -51,6 +51,13 @@ def usable() -> bool:
     return not _loaded()[1]
 
 
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether the operators work on these, and are `usable()`: plain tensors on a CPU, all float32 or all float64, nothing traced."""
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    same = plain and tensors[0].dtype in SUFFIX and all(t.dtype == tensors[0].dtype for t in tensors)
+    return same and not torch.compiler.is_compiling() and usable()
+
+
 def library() -> ctypes.CDLL:
     """The loaded library.
 

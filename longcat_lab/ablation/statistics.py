@@ -239,7 +239,10 @@ def noise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 def summary(results: pd.DataFrame, ablation: Ablation) -> Summary:
     """Verdicts, secondary metrics, the control where the effect should vanish, and what a reader must know about the rest."""
     pairs = ablation.claims
-    secondary = [_plainly(contrast(results, p.better, p.than, metric)) for metric in ablation.also for p in pairs]
+    claimed = {name for pair in pairs for name in (pair.better, pair.than)}
+    unclaimed = [(name, ablation.baseline) for name in ablation.variants if name not in {*claimed, ablation.baseline}]
+    contrasted = [(pair.better, pair.than) for pair in pairs] + unclaimed  # an arm of no claim stands beside the baseline
+    secondary = [_plainly(contrast(results, better, than, metric)) for metric in ablation.also for better, than in contrasted]
     vanishing = []
     if control := ablation.vanishes:
         there = [contrast(results, pair.better, pair.than, control.metric) for pair in pairs]

@@ -211,7 +211,7 @@ def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(list(rows))
     frame = frame.reindex(columns=first + [column for column in frame.columns if column not in first])
     for column in frame.columns[5:]:
-        frame[column] = pd.to_numeric(frame[column])
+        frame[column] = frame[column].fillna("") if column == "not_engaged" else pd.to_numeric(frame[column])
     return frame
 
 

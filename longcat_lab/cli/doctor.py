@@ -32,6 +32,16 @@ def _package(name: str, extra: str | None, use: str) -> Finding:
         return Finding(name, False, "", f"{use}: {how}", required=extra is None)
 
 
+def _kernels() -> Finding:
+    """Whether the compiled operators can be had; asking compiles them, once."""
+    if util.find_spec("longcat_kernels") is None:
+        return Finding("kernels", False, "", "compiled operators for CPUs: pip install -c constraints.txt -e .")
+    import longcat_kernels
+
+    there = longcat_kernels.available()
+    return Finding("kernels", there, "compiled operators for CPUs", "" if there else f"plain PyTorch is used: {longcat_kernels.why_not()}")
+
+
 def examine() -> list[Finding]:
     """Python, torch and its device, the packages by extra, disk, git; in the order of the printed table."""
     import torch
@@ -47,6 +57,7 @@ def examine() -> list[Finding]:
         )
     else:
         findings.append(Finding("accelerator", True, str(device), ""))
+    findings.append(_kernels())
     npu = util.find_spec("torch_npu") is not None
     findings.append(
         Finding("npu", npu, "torch_npu is installed", "Ascend machines only: pip install -c constraints.txt -e '.[npu]' beside CANN")

@@ -99,10 +99,11 @@ class Page:
         metrics = [a.metric, *a.also, *([a.vanishes.metric] if a.vanishes else [])]
         spread = {metric: noise(self.results, metric) for metric in metrics if metric in self.results}
         for name in a.variants:
-            row: dict[str, Any] = {"variant": name, "seeds": int(spread[a.metric].loc[name, "n"]) if a.metric in spread else 0}
+            done = (self.results["variant"] == name) & (self.results["status"] == "finished")
+            row: dict[str, Any] = {"variant": name, "seeds": int(done.sum())}
             for metric, table in spread.items():
                 mean, sd = float(table.loc[name, "mean"]), float(table.loc[name, "sd"])
-                row[f"{metric} (mean ± sd)"] = f"{_number(mean)} ± {_number(sd)}"
+                row[f"{metric} (mean ± sd)"] = "–" if math.isnan(mean) else f"{_number(mean)} ± {_number(sd)}"
             rows.append(row)
         self._show(_table(rows))
         self._show("".join(f"<p>{html.escape(line)}</p>" for line in self.summary.secondary))

@@ -45,10 +45,29 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
-    """`attention_reference` by torch's fused kernel of the device at hand."""
+    """`attention_reference` by what is fastest here: the compiled operator on a CPU in fp32 and fp64, else torch's fused kernel of
+    the device at hand. A query that sees nothing gets 0 (the reference: NaN).
+    """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if _kernel_takes(q, k, v, mask):
+        from longcat_kernels import attention as compiled
+
+        return compiled(q, k, v, mask, scale)
+    if mask is None and q.shape[-2] != k.shape[-2]:  # torch's is_causal lets the first query, not the last, stand at its own end
+        mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
     width, value_width = q.shape[-1], v.shape[-1]
     if q.device.type == "cpu" and width != value_width:
         # The CPU's fused kernel wants one width; with two, torch lays out all scores. Zeros change neither scores nor values.
         q, k, v = (F.pad(each, (0, max(width, value_width) - each.shape[-1])) for each in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)[..., :value_width]
+
+
+def _kernel_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """More than one query: decoding token by token is not faster there."""
+    if q.shape[-2] < 2 or 0 in (*q.shape, *k.shape, *v.shape) or (mask is not None and mask.dtype != torch.bool):
+        return False
+    try:
+        from longcat_kernels import takes  # here: compiles on its first call
+    except ImportError:  # an installation of longcat_lab alone
+        return False
+    return takes(q, k, v)

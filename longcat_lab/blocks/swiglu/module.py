@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from longcat_lab.blocks.interface import Block
-from longcat_lab.blocks.swiglu.op import swiglu_reference
+from longcat_lab.blocks.swiglu.op import swiglu
 
 
 class SwiGLU(Block):
@@ -16,4 +16,4 @@ class SwiGLU(Block):
         self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu_reference(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)

@@ -112,8 +112,8 @@ def _ngrams(ours: str, tables: Tensor, config: ModelConfig, found: Collection[st
     """Tables and projections of the embedding `ours`, a tensor each, in Flash-Lite's names or in those of the sparse models.
 
     The sparse models have `model.oe_embed_tokens0.weight` and `model.oe_embed_proj0.weight`. The copy that LongCat-2.0's prediction
-    module carries is written as `model.mtp.oe_embed_tokens0.weight` and so on, by analogy with `model.mtp.embed_tokens.weight`: the
-    published names were not seen, so it is found in a checkpoint wherever it lies below `model.mtp.`.
+    module carries is written as `model.mtp.oe_embed_tokens0.weight` and so on, by analogy with `model.mtp.embed_tokens.weight`: one reader
+    of the published index writes of `model.mtp.oe_*`, the names themselves were not seen. So it is read wherever below `model.mtp.`.
     """
     place = "model." if ours == "embed_tokens" else "model.mtp."
     if found is not None and place == "model.mtp.":
