@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.attention import attention
 from benchmarks.harness import Row, compare
 from benchmarks.mixture import mixture, unused_experts
 from benchmarks.training_step import training_step
@@ -98,5 +99,6 @@ def small_ops() -> Iterator[Row]:
 
 
 SUITE = {
-    function.__name__: function for function in (experts, zero_experts, mixture, unused_experts, training_step, ngram_addresses, small_ops)
+    function.__name__: function
+    for function in (experts, zero_experts, mixture, unused_experts, attention, training_step, ngram_addresses, small_ops)
 }

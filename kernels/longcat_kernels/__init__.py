@@ -1,7 +1,7 @@
 """Compiled operators of longcat_lab. Importing this compiles and loads nothing: the first call of an operator does.
 
-`available()` and `why_not()` say whether the operators can be had here, `takes(...)` whether for these tensors. On a CPU: `mixture` is a mixture's real-expert part,
-`attention` softmax attention under any mask, `silu_times` the activation of SwiGLU.
+`available()` and `why_not()` say whether the operators can be had here, `takes(...)` whether for these tensors. On a CPU: `mixture`
+is a mixture's real-expert part, `attention` softmax attention under any mask, `silu_times` the activation of SwiGLU.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ void large_pages(const void* buffer, size_t bytes) {
 #endif
 }
 
-// One thread's own memory, reused from expert to expert; freed by the destructor.
+// One thread's own memory, reused from one unit of work to the next; freed by the destructor.
 template <class T>
 struct Scratch {
   T* block = nullptr;

@@ -1,10 +1,5 @@
 """The compiled SiLU(gate) * up against the equation in float64: values, gradients, bits, and when it is taken."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,7 +63,8 @@ def test_same_bits_each_time_and_for_any_number_of_threads(dtype):
 
 def test_saturated_strange_and_strided():
     gate, up = torch.tensor([-1e4, -200.0, 0.0, 200.0, 1e4, torch.nan]), torch.full((6,), 2.0)
-    torch.testing.assert_close(silu_times(gate, up), torch.tensor([0.0, 0.0, 0.0, 400.0, 2e4, torch.nan]), equal_nan=True, atol=1e-30, rtol=1e-6)
+    expected = torch.tensor([0.0, 0.0, 0.0, 400.0, 2e4, torch.nan])
+    torch.testing.assert_close(silu_times(gate, up), expected, equal_nan=True, atol=1e-30, rtol=1e-6)
     gate, up = torch.randn(7, 9).T, torch.randn(9, 14)[:, ::2]
     expected = equation(gate, up)
     torch.testing.assert_close(silu_times(gate, up), expected)
@@ -106,19 +102,3 @@ def test_the_block_takes_it_where_it_can(monkeypatch):
         assert len(calls) == taken
         calls.clear()
     assert swiglu(*(t.to("meta") for t in arguments)).shape == (2, 5, 6) and not calls
-
-
-FALLBACK = """
-import torch, longcat_kernels
-from longcat_lab.blocks.swiglu.op import swiglu, swiglu_reference
-assert not longcat_kernels.available()
-arguments = [torch.randn(shape) for shape in ((2, 5, 6), (8, 6), (8, 6), (6, 8))]
-print(torch.equal(swiglu(*arguments), swiglu_reference(*arguments)))
-"""
-
-
-def test_without_it_plain_torch_gives_the_same():
-    environment = os.environ | {longcat_kernels.library.SWITCH: "off", "PYTHONPATH": os.pathsep.join(sys.path)}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", FALLBACK], env=environment, cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "True", done.stderr

@@ -88,3 +88,11 @@ def test_a_collapsed_router_says_so(tmp_path):
     wild = ("model.moe.n_routed_experts=32", "model.moe.moe_topk=1", "model.moe.expected_real_experts=0.7", "model.moe.bias_update_rate=50")
     run = lab.fit(load("tiny", *SHORT, *wild), tmp_path, progress=False)
     assert any("few experts do all the work" in each for each in run.summary["not_engaged"]), run.summary["not_engaged"]
+
+
+def test_prediction_steps_that_were_never_trained_are_flagged(tmp_path):
+    common = ("model.mtp.num_nextn_predict_layers=1", "training.steps=6", "model.mtp.loss_weight=0")
+    silent = lab.fit(load("tiny", *common), tmp_path / "silent", progress=False)
+    late = lab.fit(load("tiny", *common, "model.mtp.loss_weight_schedule=[[0.5, 0.3]]"), tmp_path / "late", progress=False)
+    assert any("no prediction step was trained" in each for each in silent.summary["not_engaged"])
+    assert not any("no prediction step was trained" in each for each in late.summary["not_engaged"])

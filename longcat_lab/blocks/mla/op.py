@@ -63,8 +63,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 def _kernel_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """More than one query: decoding token by token is not faster there."""
-    if q.shape[-2] < 2 or 0 in (*q.shape, *k.shape, *v.shape) or (mask is not None and mask.dtype != torch.bool):
+    """Below these lengths torch's kernel is as fast or faster; where it need not pad a width, it is so in decoding, too."""
+    worth = q.shape[-2] >= 128 if q.shape[-1] == v.shape[-1] else k.shape[-2] >= 64
+    if not worth or 0 in (*q.shape, *k.shape, *v.shape) or (mask is not None and mask.dtype != torch.bool):
         return False
     try:
         from longcat_kernels import takes  # here: compiles on its first call

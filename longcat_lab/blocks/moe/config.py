@@ -29,7 +29,11 @@ class MoEConfig(BlockConfig):
     norm_topk_prob: bool = Field(False, description="divide the picked weights by their sum")
     n_group: int = Field(1, ge=1, description="groups of slots for group-limited picks")
     topk_group: int = Field(1, ge=1, description="groups that one token may pick from")
-    routed_scaling_factor: float = Field(6.0, gt=0, description="multiplies every picked weight")
+    routed_scaling_factor: float = Field(
+        6.0,
+        gt=0,
+        description="gamma: multiplies every picked weight; cutting experts into m parts each (and K m picks) asks for m times as much",
+    )
     expected_real_experts: float | None = Field(None, gt=0, description="K_e: real experts a token in the mean; empty: K N / (N + Z)")
     bias_rule: Literal["budget", "sign"] = Field(
         "budget", description="budget: steer every real expert to its share of K_e; sign: fixed steps to the uniform share of all slots"

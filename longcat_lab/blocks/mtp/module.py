@@ -82,6 +82,9 @@ class MTP(Block):
             h = h if self.config.hidden == "raw" else found[-1]
         return found
 
+    def not_engaged(self, measured: dict[str, float]) -> list[str]:
+        return [] if measured.get("mtp_loss_1") else ["no prediction step was trained: its loss weight was 0 to the end"]
+
 
 def _without_the_end(context: ForwardContext, tokens: Tensor, step: int) -> ForwardContext:
     """`context` with the last `step` positions of each row as padding: what they read is no token, and no expert should work on it."""
