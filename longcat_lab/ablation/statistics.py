@@ -241,8 +241,10 @@ def summary(results: pd.DataFrame, ablation: Ablation) -> Summary:
     pairs = ablation.claims
     claimed = {name for pair in pairs for name in (pair.better, pair.than)}
     unclaimed = [(name, ablation.baseline) for name in ablation.variants if name not in {*claimed, ablation.baseline}]
-    contrasted = [(pair.better, pair.than) for pair in pairs] + unclaimed  # an arm of no claim stands beside the baseline
-    secondary = [_plainly(contrast(results, better, than, metric)) for metric in ablation.also for better, than in contrasted]
+    # An arm of no claim stands beside the baseline, in the primary metric too.
+    wanted = [(metric, pair.better, pair.than) for metric in ablation.also for pair in pairs]
+    wanted += [(metric, *pair) for metric in (ablation.metric, *ablation.also) for pair in unclaimed]
+    secondary = [_plainly(contrast(results, better, than, metric)) for metric, better, than in wanted]
     vanishing = []
     if control := ablation.vanishes:
         there = [contrast(results, pair.better, pair.than, control.metric) for pair in pairs]

@@ -72,7 +72,7 @@ def architecture_costs(tables: Mapping[str, pandas.DataFrame]) -> Figure:
     """Two stacked bars a model, from `lab.budget`: where its parameters are, and where its FLOPs are."""
     with style():
         figure = Figure(figsize=(7.2, 0.8 + 0.45 * len(tables)))
-        parts = list(dict.fromkeys(part for table in tables.values() for part in table.index if part != "total"))
+        parts = list(dict.fromkeys(part for table in tables.values() for part in table.index if not part.startswith("total")))
         for column, (quantity, title) in enumerate((("params", "parameters"), ("FLOPs/token", "forward FLOPs a token"))):
             axes = figure.add_subplot(1, 2, column + 1)
             for row, table in enumerate(tables.values()):

@@ -189,7 +189,8 @@ class Page:
         ]
         if flagged:
             lines = "".join(f"<li>{html.escape(line)}</li>" for line in flagged)
-            self._show(f"<p><b>Not engaged</b>, so not tested in these jobs:</p><ul>{lines}</ul>")
+            said = "<b>Not engaged as asked for</b> in these jobs, which test that mechanism in part or not at all:"
+            self._show(f"<p>{said}</p><ul>{lines}</ul>")
         elif len(finished):
             self._show("<p>No finished job reports a mechanism that did not engage.</p>")
 

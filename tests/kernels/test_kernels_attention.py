@@ -22,14 +22,6 @@ pytestmark = pytest.mark.skipif(not longcat_kernels.available(), reason=longcat_
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def leaves(batch, heads, queries, keys, width, value_width, dtype=torch.float64):
     """q, k, v; v as a view of [B, S, heads, d_v], as a projection leaves it."""
     q, k = torch.randn(batch, heads, queries, width, dtype=dtype), torch.randn(batch, heads, keys, width, dtype=dtype)

@@ -16,14 +16,6 @@ from longcat_lab.blocks.moe.experts_op import experts, experts_reference
 pytestmark = pytest.mark.skipif(not longcat_kernels.available(), reason=longcat_kernels.why_not())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def problem(tokens, hidden, inner, n_routed, zero, topk, dtype=torch.float64, seed=None):
     """Leaves (u, weights, gate_up, down) and slots; a token's picks differ where there are slots enough."""
     if seed is not None:

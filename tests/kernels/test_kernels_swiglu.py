@@ -14,14 +14,6 @@ from longcat_lab.blocks.swiglu.op import swiglu, swiglu_reference
 pytestmark = pytest.mark.skipif(not longcat_kernels.available(), reason=longcat_kernels.why_not())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def with_gradients(op, inputs, dtype=None):
     inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
     out = op(*inputs)
