@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,35 +10,21 @@ from torch import Tensor
 
 from benchmarks.harness import Row, compare
 from longcat_lab.blocks.loss_op import Scored, cross_entropies
-from longcat_lab.config import load
-from longcat_lab.model import LongcatLM, build
+from longcat_lab.config import RunConfig, load
+from longcat_lab.model import build
+from longcat_lab.training.mechanisms import after_step
 
-SEQUENCES, LENGTH, VOCABULARY = 4, 512, 8192
-# Flash's proportions at hidden 256: two attentions and two dense networks of twice the hidden size a layer, 512 + 256 experts to 32 + 16.
-ATTENTION = {
-    "num_attention_heads": 4,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
-}
-ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-16, "weight_decay": 0.1, "fused": True}  # the same for both
+# The same optimizer for both.
+ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-16, "weight_decay": 0.1, "fused": True}
 
 
-def ours(expert_width: int) -> tuple[LongcatLM, Callable[[Tensor], None]]:
-    """Our model and its training step on tokens [B, T + 1]."""
-    settings = {
-        "hidden_size": 256,
-        "num_layers": 4,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": LENGTH,
-        "initializer_range": 0.02,
-        "attention": ATTENTION,
-        "ffn": {"ffn_hidden_size": 512},
-        "moe": {"n_routed_experts": 32, "zero_expert_num": 16, "moe_topk": 4, "expert_ffn_hidden_size": expert_width},
-    }
-    model = build(load({"model": settings, "data": {"sequence_length": LENGTH}})).train()
+def proxy(expert_width: int) -> RunConfig:
+    return load("flash-proxy", f"model.moe.expert_ffn_hidden_size={expert_width}")
+
+
+def ours(config: RunConfig) -> Callable[[Tensor], None]:
+    """Our training step on tokens [B, T + 1]: the next token's loss, as `fit` computes it."""
+    model = build(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
 
     def step(tokens: Tensor) -> None:
@@ -47,31 +34,32 @@ def ours(expert_width: int) -> tuple[LongcatLM, Callable[[Tensor], None]]:
         total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        after_step(model)
 
-    return model, step
+    return step
 
 
-def peer(expert_width: int) -> tuple[torch.nn.Module, Callable[[Tensor], None]]:
-    """transformers' LongcatFlashForCausalLM of the same shape and its training step, with its own loss."""
+def peer(config: RunConfig) -> Callable[[Tensor], None]:
+    """The training step of transformers' LongcatFlashForCausalLM of the same shape, with its own loss."""
     from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
-    config = LongcatFlashConfig(
-        **ATTENTION,
-        hidden_size=256,
-        num_layers=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=LENGTH,
-        ffn_hidden_size=512,
-        head_dim=ATTENTION["qk_rope_head_dim"],
-        n_routed_experts=32,
-        zero_expert_num=16,
-        moe_topk=4,
-        expert_ffn_hidden_size=expert_width,
-        routed_scaling_factor=6.0,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    model = LongcatFlashForCausalLM(config).train()
+    model_config, attention, moe = config.model, config.model.attention, config.model.moe
+    shared = ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    mixture = ("n_routed_experts", "zero_expert_num", "moe_topk", "expert_ffn_hidden_size", "routed_scaling_factor")
+    model = LongcatFlashForCausalLM(
+        LongcatFlashConfig(
+            **{name: getattr(attention, name) for name in shared},
+            **{name: getattr(moe, name) for name in mixture},
+            hidden_size=model_config.hidden_size,
+            num_layers=model_config.num_layers,
+            vocab_size=model_config.vocab_size,
+            max_position_embeddings=model_config.max_position_embeddings,
+            ffn_hidden_size=model_config.ffn.ffn_hidden_size,
+            head_dim=attention.qk_rope_head_dim,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
 
     def step(tokens: Tensor) -> None:
@@ -80,22 +68,24 @@ def peer(expert_width: int) -> tuple[torch.nn.Module, Callable[[Tensor], None]]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return model, step
+    return step
 
 
 def training_step() -> Iterator[Row]:
-    """Tokens a second of both are the inverse of these times: a ratio of 0.33 is three times the tokens a second. Two threads."""
+    """Tokens a second are the inverse of these times: a ratio of 0.33 is three times the tokens a second. One thread and two."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     try:
         for width in (128, 512):
-            (_, mine), (_, theirs) = ours(width), peer(width)
-            tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1))
-            yield compare(
-                f"step/FFN {width}",
-                ("longcat_lab", lambda mine=mine, tokens=tokens: mine(tokens)),
-                ("transformers", lambda theirs=theirs, tokens=tokens: theirs(tokens)),
-                pairs=7,
-            )
+            config = proxy(width)
+            mine, theirs = ours(config), peer(config)
+            tokens = torch.randint(0, config.model.vocab_size, (config.data.batch_size, config.data.sequence_length + 1))
+            for count in (1, 2)[: os.cpu_count()]:
+                torch.set_num_threads(count)
+                yield compare(
+                    f"step/{width}/{count}",
+                    ("longcat_lab", lambda mine=mine, tokens=tokens: mine(tokens)),
+                    ("transformers", lambda theirs=theirs, tokens=tokens: theirs(tokens)),
+                    pairs=7,
+                )
     finally:
         torch.set_num_threads(threads)

@@ -20,7 +20,9 @@ def test_help_names_the_commands():
 
 def test_budget_prints_the_table():
     done = command("budget", "tiny", "model.embedding.ngram.order=3")
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[0] == "total" and "ngram_embedding" in done.stdout
+    *table, activated = done.stdout.splitlines()
+    assert done.returncode == 0 and table[-1].split()[0] == "total" and "ngram_embedding" in done.stdout
+    assert "34,198 at 1.5" in activated and "n-gram projections" in activated
 
 
 def test_doctor_finds_what_is_here():
