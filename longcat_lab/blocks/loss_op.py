@@ -110,7 +110,7 @@ def hidden_z_loss(z: Tensor, padding: Tensor | None = None) -> Tensor:
     Returns:
         a scalar; at least (ln H)^2, which it reaches at z = 0.
 
-    Source: LongCat-Flash (arXiv 2509.01322) section 3.2, eq. 7 (its weight is the caller's).
+    Source: LongCat-Flash (arXiv 2509.01322), hidden z-loss (its weight is the caller's).
     """
     squares = z.to(torch.promote_types(z.dtype, torch.float32)).abs().logsumexp(-1).square()
     return squares.mean() if padding is None else squares.masked_fill(padding, 0).sum() / (~padding).sum().clamp_min(1)

@@ -33,7 +33,7 @@ def initialise(model: nn.Module, std: float, seed: int, width_scale: float = 1.0
     """Matrices N(0, std^2 / width_scale) or what their block asks for, vectors (gains) one, biases of the router zero.
 
     width_scale: s, this width over that of the proxy that `std` was chosen on. Hidden matrices and the head get 1 / s of the
-    variance, embeddings (whose blocks ask for their own) keep theirs. Source: LongCat-Flash (arXiv 2509.01322) section 3.1.
+    variance, embeddings (whose blocks ask for their own) keep theirs. Source: LongCat-Flash (arXiv 2509.01322), hyperparameter transfer.
     """
     own = {
         f"{prefix}.{name}" if prefix else name: value

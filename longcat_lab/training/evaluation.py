@@ -8,6 +8,7 @@ from torch import nn
 
 from longcat_lab.config import RunConfig
 from longcat_lab.data import Corpus, bits_per_byte, evaluation_batches, label_bytes, scored, shuffled
+from longcat_lab.model.generate import evaluating
 from longcat_lab.training.device import autocast
 from longcat_lab.training.prediction import accepted_length, evaluate_steps
 
@@ -22,18 +23,16 @@ def evaluate(model: nn.Module, corpus: Corpus, config: RunConfig, split: str, co
         control: the tokens of each sequence in a random order. What a model gains from the order of tokens must vanish here.
     """
     device = next(model.parameters()).device
-    was_training, nats, count = model.training, 0.0, 0
-    model.eval()
+    nats, count = 0.0, 0
     for batch in evaluation_batches(
         corpus.split(split), config.data.sequence_length, config.data.batch_size, config.training.evaluation_sequences
     ):
         batch = shuffled(batch, SHUFFLE_SEED) if control else batch
-        with autocast(device, config.training.precision):
+        with evaluating(model), autocast(device, config.training.precision):
             logits = model(batch.tokens.to(device), batch.document_ids.to(device))
         losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten().to(device), reduction="none").cpu()
         nats += float(losses[scored(batch.labels.flatten(), corpus.token_bytes)].double().sum())
         count += label_bytes(batch.labels, corpus.token_bytes)
-    model.train(was_training)
     return bits_per_byte(nats, count)
 
 

@@ -1,6 +1,6 @@
 """Depth growth: the layers of a shallow model, stacked several times, with the optimizer's state of each.
 
-Source: LongCat-Flash (arXiv 2509.01322) section 3.1: l1 ... ln becomes l1 ... ln l1 ... ln; sample counter and schedule go on.
+Source: LongCat-Flash (arXiv 2509.01322), model growth: l1 ... ln becomes l1 ... ln l1 ... ln; sample counter and schedule go on.
 """
 
 from __future__ import annotations

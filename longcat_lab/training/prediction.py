@@ -9,6 +9,7 @@ from longcat_lab.blocks.mtp.module import step_labels
 from longcat_lab.config import RunConfig
 from longcat_lab.data import IGNORED, Corpus, evaluation_batches
 from longcat_lab.model import LongcatLM, speculate
+from longcat_lab.model.generate import evaluating
 from longcat_lab.training.device import autocast
 
 PROMPTS = 8  # held-out texts that are continued by speculative decoding
@@ -23,15 +24,14 @@ def evaluate_steps(model: LongcatLM, corpus: Corpus, config: RunConfig, split: s
 
     Accuracy is the share of labels that the step's most likely token hits: what speculative decoding accepts when all before was right.
     """
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+    device = next(model.parameters()).device
     steps = config.model.mtp.num_nextn_predict_layers
     nats, hits, counts = ([0.0] * (steps + 1) for _ in range(3))
     for batch in evaluation_batches(
         corpus.split(split), config.data.sequence_length, config.data.batch_size, config.training.evaluation_sequences
     ):
         tokens, labels, documents = (t.to(device) for t in (batch.tokens, batch.labels, batch.document_ids))
-        with autocast(device, config.training.precision):
+        with evaluating(model), autocast(device, config.training.precision):
             hidden = model.hidden(tokens, documents)
             for k, state in enumerate([model.norm(hidden), *model.ahead(hidden, tokens, documents)]):
                 own = step_labels(labels, documents, k, IGNORED).flatten()
@@ -39,7 +39,6 @@ def evaluate_steps(model: LongcatLM, corpus: Corpus, config: RunConfig, split: s
                 nats[k] += float(cross_entropy_reference(state, model.lm_head.weight, own))
                 hits[k] += int((model.lm_head(state).argmax(-1) == own).sum())
                 counts[k] += len(own)
-    model.train(was_training)
     found = {"next_accuracy": hits[0] / max(counts[0], 1)}
     for k in range(1, steps + 1):
         found[f"mtp_validation_loss_{k}"] = nats[k] / max(counts[k], 1)

@@ -57,7 +57,7 @@ def balance_loss(p: Tensor, counts: Tensor, groups: int, expected_real_experts: 
     Returns:
         the loss, and the gradient f_group(i) of L by each mean probability, [N + Z].
 
-    Source: LongCat-Flash (arXiv 2509.01322) section 2.3.
+    Source: LongCat-Flash (arXiv 2509.01322), device-level load balance loss.
     """
     tokens, zeros = max(len(p), 1), len(counts) - n_routed  # a batch of nothing but padding: 0
     real = groups / (expected_real_experts * tokens) * counts[:n_routed].view(groups, -1).sum(1)

@@ -39,7 +39,7 @@ def yarn_frequencies(dim: int, theta: float, factor: float, original: int, beta_
     Returns:
         float64 [dim / 2], radians a position.
 
-    Source: Peng et al. 2023 (arXiv 2309.00071) section 3.2.
+    Source: Peng et al. 2023 (arXiv 2309.00071).
     """
 
     def pair(turns: float) -> float:
