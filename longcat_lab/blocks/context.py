@@ -54,6 +54,9 @@ class ForwardContext:
     padding: bool [B, T], True where there is no token; None where all are tokens.
     share: the part of the global batch's tokens that this pass holds: what its mean auxiliary losses weigh in the step's loss.
     cache: the decoding cache, or None.
+    tokens, document_ids: int64 [B, T] of this pass, for blocks that look something up by them (document_ids None: one document a row).
+    history: int64 [B, h], tokens before these in the same document, while decoding.
+    embedded: the embedding's output [B, T, H], as it entered the residual stream.
     shared: notes that layers leave for later layers of the same pass.
     """
 
@@ -62,7 +65,16 @@ class ForwardContext:
     padding: Tensor | None = None
     share: float = 1.0
     cache: Cache | None = None
+    tokens: Tensor | None = None
+    document_ids: Tensor | None = None
+    history: Tensor | None = None
+    embedded: Tensor | None = None
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def feed_forward(network: nn.Module, x: Tensor, context: ForwardContext) -> Tensor:
+    """A dense network on x [B, T, H]; one that looks something up by the tokens (`reads_context`) is given the context too."""
+    return network(x, context) if getattr(network, "reads_context", False) else network(x)
 
 
 def in_backward() -> bool:

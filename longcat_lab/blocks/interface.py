@@ -99,12 +99,21 @@ class Block(nn.Module):
         `matrix` (two or more dimensions) or `vector`.
     stacks: parameter name (relative) to the number of matrices that lie one below the other in it (gate and up rows: 2).
     initial_std: parameter name (relative) to the standard deviation it starts with, where the model's own does not serve.
+    initial_value: parameter name (relative) to the one value it starts with everywhere (vectors without one start as ones).
+    sparse_gradients: set by the optimizer: gradients of parameters of the role `table` are to be sparse (the rows that were read,
+        torch's COO layout), because it steps on those rows alone.
+    reads_context: for dense networks: `forward(x, context)` in place of `forward(x)`.
     """
 
     roles: ClassVar[dict[str, str]] = {}
     stacks: ClassVar[dict[str, int]] = {}
+    sparse_gradients = False
+    reads_context = False
 
     def initial_std(self) -> dict[str, float]:
+        return {}
+
+    def initial_value(self) -> dict[str, float]:
         return {}
 
     def after_step(self) -> None:

@@ -28,6 +28,16 @@ def normal_rows(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
     return values
 
 
+def _asked_for(model: nn.Module, method: str) -> dict[str, float]:
+    """What blocks ask for their parameters, by the parameters' names in the model."""
+    return {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, module in model.named_modules()
+        if isinstance(module, Block)
+        for name, value in getattr(module, method)().items()
+    }
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, std: float, seed: int, width_scale: float = 1.0) -> None:
     """Matrices N(0, std^2 / width_scale) or what their block asks for, vectors (gains) one, biases of the router zero.
@@ -35,14 +45,9 @@ def initialise(model: nn.Module, std: float, seed: int, width_scale: float = 1.0
     width_scale: s, this width over that of the proxy that `std` was chosen on. Hidden matrices and the head get 1 / s of the
     variance, embeddings (whose blocks ask for their own) keep theirs. Source: LongCat-Flash (arXiv 2509.01322), hyperparameter transfer.
     """
-    own = {
-        f"{prefix}.{name}" if prefix else name: value
-        for prefix, module in model.named_modules()
-        if isinstance(module, Block)
-        for name, value in module.initial_std().items()
-    }
+    own, constant = _asked_for(model, "initial_std"), _asked_for(model, "initial_value")
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 and name not in own:
-            parameter.fill_(1.0)
+        if name in constant or own.get(name) == 0 or (parameter.ndim < 2 and name not in own):
+            parameter.fill_(constant.get(name, own.get(name, 1.0)))
         else:
             parameter.copy_(normal_rows(parameter.shape, own.get(name, std * width_scale**-0.5), seed, name))

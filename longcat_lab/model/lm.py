@@ -20,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from longcat_lab.blocks import Cache, ForwardContext
 from longcat_lab.blocks.mla.op import causal_document_mask, causal_mask
+from longcat_lab.blocks.token_embedding.module import check_tokens
 from longcat_lab.config.model import ModelConfig
 from longcat_lab.config.run import RunConfig
 from longcat_lab.errors import LabError
 from longcat_lab.model.initialise import initialise
+from longcat_lab.model.memory import check_model
 
 
 class LongcatLM(nn.Module):
@@ -79,19 +81,29 @@ class LongcatLM(nn.Module):
             cache: of the tokens before these (one document a row); it takes these in.
             share: of the global batch's tokens that are here (weighs the layers' own losses).
         """
-        x = self.embed_tokens(tokens, document_ids, None if cache is None else cache.tokens)
+        history = None if cache is None else cache.tokens
+        x = self.embed_tokens(tokens, document_ids, history)
         context = self.context(x, document_ids, padding, cache, share)
-        for layer in self.layers:
+        context.tokens, context.document_ids, context.history, context.embedded = tokens, document_ids, history, x
+        enter = getattr(self.embed_tokens, "enter", lambda point, x, context: x)
+        for point, layer in enumerate(self.layers):
+            x = enter(point, x, context)  # n-gram kinds that add to the residual stream here
             if self.recompute and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, context, use_reentrant=False)
             else:
                 x = layer(x, context)
+        x = enter(len(self.layers), x, context)
         if cache is not None:
             cache.advance(tokens)
         return x
 
     def forward(self, tokens: Tensor, document_ids: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-        """Logits [B, T, vocab_size] of the next token, before any softmax; arguments as in `hidden`."""
+        """Logits [B, T, vocab_size] of the next token, before any softmax; arguments as in `hidden`.
+
+        Raises:
+            LabError: a token is outside the vocabulary.
+        """
+        check_tokens(tokens, self.config.vocab_size)
         return self.lm_head(self.norm(self.hidden(tokens, document_ids, padding)))
 
     def ahead(
@@ -122,11 +134,12 @@ def build(config: RunConfig | ModelConfig, seed: int | None = None) -> LongcatLM
         seed: of the initial weights; 0 where neither says.
 
     Raises:
-        LabError: it does not fit into memory.
+        LabError: it does not fit into memory (how much it takes, how much is free, what would fit).
     """
     model_config = config.model if isinstance(config, RunConfig) else config
     if seed is None:
         seed = config.seed if isinstance(config, RunConfig) else 0
+    check_model(lambda: LongcatLM(model_config))
     with torch.no_grad():
         try:
             model = LongcatLM(model_config)

@@ -169,8 +169,11 @@ class Page:
             "accepted_length": "tokens a pass in speculative decoding",
             "rows_touched": "share of table rows read",
             "table_rms": "RMS of table entries",
+            "base_variance_share": "the token row's share of the embedding's variance",
             "embedding_rms_initial": "embedding RMS at start",
             "embedding_rms_final": "embedding RMS at end",
+            "first_attention_ratio_initial": "first attention over identity, norms, at start",
+            "first_attention_ratio_final": "first attention over identity, norms, at end",
         }
         finished = self.results[self.results["status"] == "finished"]
         rows = []

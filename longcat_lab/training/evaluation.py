@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from longcat_lab.config import RunConfig
-from longcat_lab.data import Corpus, bits_per_byte, evaluation_batches, label_bytes, scored, shuffled
+from longcat_lab.data import Batch, Corpus, bits_per_byte, evaluation_batches, label_bytes, scored, shuffled
 from longcat_lab.model.generate import evaluating
 from longcat_lab.training.device import autocast
 from longcat_lab.training.prediction import accepted_length, evaluate_steps
@@ -48,4 +48,35 @@ def evaluate_all(model: nn.Module, corpus: Corpus, config: RunConfig) -> dict[st
         found["out_of_distribution_bpb"] = evaluate(model, corpus, config, "out_of_distribution")
     if config.model.mtp is not None:
         found.update({**evaluate_steps(model, corpus, config), **accepted_length(model, corpus, config)})
+    return found
+
+
+@torch.no_grad()
+def entry_measures(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """How loud the embedding is where it enters the residual stream, on one batch.
+
+    Returns:
+        embedding_rms: root mean square of the embedding's output; first_attention_ratio: L2 norm of the first attention's output
+        over that of the branch it is added to (mean over tokens), about 10 where an n-gram mean is left unscaled
+        (arXiv 2601.21204 section 3.2.4); only for layers with a `self_attn`.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    layer = model.layers[0]
+    attention = getattr(layer, "self_attn", None)
+    first = attention[0] if isinstance(attention, nn.ModuleList) else attention
+    hooks = [layer.register_forward_pre_hook(lambda module, arguments: seen.update(stream=arguments[0]))]
+    if first is not None:
+        hooks.append(first.register_forward_hook(lambda module, arguments, out: seen.update(attention=out)))
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model):
+            model.hidden(batch.tokens.to(device), batch.document_ids.to(device))
+            embedded = model.embed_tokens(batch.tokens.to(device), batch.document_ids.to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {"embedding_rms": float(embedded.float().square().mean().sqrt())}
+    if "attention" in seen:
+        norms = [seen[name].float().norm(dim=-1) for name in ("attention", "stream")]
+        found["first_attention_ratio"] = float((norms[0] / norms[1].clamp(min=1e-12)).mean())
     return found

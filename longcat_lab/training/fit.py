@@ -19,7 +19,7 @@ from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json, write_whole
 from longcat_lab.model import build
 from longcat_lab.training import checkpoint, device, growth, mechanisms, provenance
-from longcat_lab.training.evaluation import evaluate, evaluate_all
+from longcat_lab.training.evaluation import entry_measures, evaluate, evaluate_all
 from longcat_lab.training.loss import plan_step, step_loss
 from longcat_lab.training.optimizer import clip, make_optimizer, set_learning_rate, split, split_table
 from longcat_lab.training.run import Run
@@ -132,7 +132,7 @@ class _Session:
         state = checkpoint.load_latest(self.folder, self.identity, self.model, self.optimizer)
         if state is None:
             batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
-            self.initial = {"embedding_rms_initial": self._embedding_rms(batch)}
+            self.initial = {f"{key}_initial": value for key, value in entry_measures(self.model, batch).items()}
             return
         self.step, self.seconds, self.window, self.initial = (state[key] for key in ("step", "seconds", "window", "initial"))
         self.loader.load_state_dict(state["loader"])
@@ -245,14 +245,6 @@ class _Session:
         checkpoint.save(self.folder, self.identity, self.step, self.model, self.optimizer, state)
         self.sinks[0].save()
 
-    @torch.no_grad()
-    def _embedding_rms(self, batch: Batch) -> float:
-        """Root mean square of the embedding's output, which enters the residual stream."""
-        self.model.eval()
-        out = self.model.embed_tokens(batch.tokens.to(self.device), batch.document_ids.to(self.device))
-        self.model.train()
-        return float(out.float().square().mean().sqrt())
-
     def _final(self) -> dict[str, float]:
         started, rows = time.perf_counter(), self.sinks[0].rows
         found = evaluate_all(self.model, self.corpus, self.config)
@@ -266,7 +258,7 @@ class _Session:
             "tokens": rows[-1]["tokens"],
             "epochs": self.loader.epoch,
             **self.initial,
-            "embedding_rms_final": self._embedding_rms(batch),
+            **{f"{key}_final": value for key, value in entry_measures(self.model, batch).items()},
             **mechanisms.over_blocks(means),
         }
 

@@ -182,7 +182,7 @@ def test_ngram_tables_take_no_part_in_the_steps():
     model, found = build(run).double(), batch()
     hidden = model.hidden(found.tokens).detach()
     sum(state.square().sum() for state in model.ahead(hidden, found.tokens)).backward()
-    assert model.embed_tokens.tables.grad is None and model.embed_tokens.projection.weight.grad is None
+    assert model.embed_tokens.tables.weight.grad is None and model.embed_tokens.projection.weight.grad is None
     assert model.embed_tokens.weight.grad.abs().max() > 0
     assert torch.equal(model.mtp.embed(found.tokens, model.embed_tokens), model.embed_tokens.weight[found.tokens])
 
@@ -256,9 +256,9 @@ def test_its_own_embedding_is_read_and_learns_in_place_of_the_trunks():
 def test_idle_tables_are_carried_and_never_read_or_trained():
     run = config(NGRAM, "model.mtp.own_embedding=true", "model.mtp.own_ngram_tables=true")
     model = build(run)
-    assert model.mtp.embed_tokens.tables.shape == model.embed_tokens.tables.shape
+    assert model.mtp.embed_tokens.tables.weight.shape == model.embed_tokens.tables.weight.shape
     loss(model, batch(), run)[0].backward()
-    assert model.mtp.embed_tokens.tables.grad is None and model.mtp.embed_tokens.weight.grad is not None
+    assert model.mtp.embed_tokens.tables.weight.grad is None and model.mtp.embed_tokens.weight.grad is not None
     for settings, named in ((("model.mtp.own_ngram_tables=true",), "needs own_embedding"), (("model.mtp.own_embedding=true",), "ngram")):
         with pytest.raises(ConfigError, match=named):
             config(*settings, "model.mtp.own_ngram_tables=true")

@@ -114,4 +114,4 @@ def test_generation_neither_trains_nor_counts():
         torch.randint(0, 512, (5,)),
     )
     generate(model, prompt, 4)
-    assert model.training and int(model.layers[0].mlp.router.counts.sum()) == 0 and not model.embed_tokens.touched.any()
+    assert model.training and int(model.layers[0].mlp.router.counts.sum()) == 0 and not model.embed_tokens.tables.touched.any()

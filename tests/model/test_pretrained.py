@@ -234,8 +234,16 @@ ROUND = {
     "longcat mtp, three steps, shared rows, raw": {"mtp": {"num_nextn_predict_layers": 3}},
     "deepseek mtp": deepseek_parts(),
     "deepseek mtp, normed": deepseek_parts(hidden="normed"),
-    "n-grams": {"embedding": NGRAM | {"ngram": NGRAM["ngram"] | {"normalised_init": False}}},
+    "n-grams": {"embedding": NGRAM | {"ngram": NGRAM["ngram"] | {"normalised_init": "none", "boundary": "eos", "eos_token_id": 7}}},
     "n-grams with a scale, and mtp": {"embedding": NGRAM, "mtp": {}},
+    "n-grams summed and amplified, and mtp": {
+        "embedding": NGRAM
+        | {
+            "ngram": NGRAM["ngram"]
+            | {"kind": "ngram_amplified", "normalised_init": "rows", "fusion": "sum", "base_scale": 0.5, "ngram_scale": 2.0}
+        },
+        "mtp": {},
+    },
     "latent eps of its own": {"attention": {"num_attention_heads": 4, "latent_norm_eps": 1e-3}},
     "copy experts": {"moe": {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "zero_expert_type": "copy"}},
 }

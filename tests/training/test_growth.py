@@ -50,7 +50,7 @@ def test_layer_i_gets_weights_biases_counts_and_moments_of_layer_i_modulo_depth(
             expected = dict(getattr(source, collect)())
             assert all(torch.equal(value, expected[name]) for name, value in getattr(large.layers[i], collect)())
         assert large.layers[i].mlp.router.e_score_correction_bias.abs().max() > 0 and int(large.layers[i].mlp.router.steps) == 2
-    for name in ("embed_tokens.tables", "lm_head.weight", "mtp.layers.0.eh_proj.weight"):
+    for name in ("embed_tokens.tables.weight", "lm_head.weight", "mtp.layers.0.eh_proj.weight"):
         assert torch.equal(large.state_dict()[name], small.state_dict()[name])
     old, new = states(small, before), states(large, after)
     assert "layers.3.mlp.gate_up_proj" in new and "layers.0.mlp.router.classifier.weight" in new

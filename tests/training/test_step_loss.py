@@ -111,7 +111,7 @@ def test_width_transfer_scales_hidden_matrices_and_head_and_keeps_embeddings():
     more = ("model.embedding.ngram.order=3", "model.mtp.num_nextn_predict_layers=1")
     plain, wide = build(load("tiny", *more)).state_dict(), build(load("tiny", *more, "model.base_hidden_size=8")).state_dict()
     kept = {name for name in plain if torch.equal(plain[name], wide[name])}
-    assert {"embed_tokens.weight", "embed_tokens.tables", "embed_tokens.projection.weight", "norm.weight"} <= kept
+    assert {"embed_tokens.weight", "embed_tokens.tables.weight", "embed_tokens.projection.weight", "norm.weight"} <= kept
     halved = plain.keys() - kept
     assert {"lm_head.weight", "layers.0.mlp.gate_up_proj", "layers.0.mlp.router.classifier.weight", "mtp.layers.0.eh_proj.weight"} <= halved
     assert halved == {name for name, value in plain.items() if value.ndim > 1 and not name.startswith("embed_tokens.")}

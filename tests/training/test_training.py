@@ -168,7 +168,7 @@ def test_roles_decide_rate_decay_and_clipping():
     config = load("tiny", NGRAM, "training.optimizer.table_lr_multiplier=5", "training.optimizer.embedding_lr_multiplier=2")
     model = build(config)
     found = roles(model)
-    assert found["embed_tokens.tables"] == "table" and found["embed_tokens.weight"] == "embedding"
+    assert found["embed_tokens.tables.weight"] == "table" and found["embed_tokens.weight"] == "embedding"
     assert found["lm_head.weight"] == "head" and found["norm.weight"] == "vector"
     optimizer = make_optimizer(model, config.training.optimizer)
     groups = {group["role"]: group for group in optimizer.param_groups}
@@ -292,7 +292,10 @@ def test_the_identity_of_a_block_of_ones_own_is_the_same_in_every_process():
     ("override", "sentence"),
     [
         ("training.device=meta", "cannot be used on this machine"),
-        ("model.hidden_size=100000000", "does not fit into this machine's memory"),
+        (
+            "model.hidden_size=100000000",
+            r"To build this model takes .* of memory and .* are free here: `longcat-lab budget` shows which part",
+        ),
     ],
 )
 def test_what_cannot_be_trained_here_is_one_sentence(tmp_path, override, sentence):
@@ -324,9 +327,11 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_whole(tmp_path):
     assert lab.fit(load("tiny"), folder, progress=False).record["status"] == "finished"
 
 
-def test_the_negative_control_is_worse_than_the_text(finished):
-    final = finished.record["final"]
-    assert final["shuffled_bpb"] > final["validation_bpb"]
+def test_the_negative_control_is_worse_than_the_text(tmp_path):
+    """After steps enough to learn that order matters."""
+    settings = ("training.steps=120", "training.optimizer.learning_rate=1e-2", "training.optimizer.embedding_lr_multiplier=5")
+    final = lab.fit(load("tiny", *settings), tmp_path, progress=False).record["final"]
+    assert final["shuffled_bpb"] > final["validation_bpb"] + 0.1
 
 
 def test_a_run_generates_text_and_an_unfinished_one_says_why_not(finished, tmp_path):

@@ -4,7 +4,7 @@ import dataclasses
 
 from torch import Tensor
 
-from longcat_lab.blocks.context import ForwardContext
+from longcat_lab.blocks.context import ForwardContext, feed_forward
 from longcat_lab.blocks.interface import Block, ModelShape
 
 
@@ -28,4 +28,4 @@ class DecoderLayer(Block):
         """x [B, T, H] to [B, T, H]."""
         a = x + self.self_attn(self.input_layernorm(x), context)
         u = self.post_attention_layernorm(a)
-        return a + (self.mlp(u) if self.dense else self.mlp(u, context))
+        return a + (feed_forward(self.mlp, u, context) if self.dense else self.mlp(u, context))

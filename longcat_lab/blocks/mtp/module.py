@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longcat_lab.blocks.context import ForwardContext
 from longcat_lab.blocks.interface import Block, ModelShape
+from longcat_lab.blocks.table import Table
 
 if TYPE_CHECKING:
     from longcat_lab.blocks.mtp.config import MTPConfig
@@ -48,8 +49,9 @@ class MTP(Block):
         self.config = config
         own = config.own_embedding_config(shape)
         self.embed_tokens = own.build(shape) if own else None
-        if self.embed_tokens is not None:
-            self.embed_tokens.idle = config.own_ngram_tables
+        for module in self.embed_tokens.modules() if self.embed_tokens is not None else ():
+            if isinstance(module, Table):
+                module.idle = True
         self.layers = nn.ModuleList(MTPBlock(config, shape) for _ in range(config.blocks))
 
     def block(self, step: int) -> MTPBlock:

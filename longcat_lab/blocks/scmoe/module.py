@@ -5,7 +5,7 @@ import dataclasses
 from torch import Tensor
 from torch.nn import ModuleList
 
-from longcat_lab.blocks.context import ForwardContext
+from longcat_lab.blocks.context import ForwardContext, feed_forward
 from longcat_lab.blocks.interface import Block, BlockConfig, ModelShape
 
 
@@ -35,6 +35,6 @@ class ScMoELayer(Block):
         a0 = x + self.self_attn[0](self.input_layernorm[0](x), context)
         u = self.post_attention_layernorm[0](a0)
         shortcut = self.mlp(u, context)
-        b0 = a0 + self.mlps[0](u)
+        b0 = a0 + feed_forward(self.mlps[0], u, context)
         a1 = b0 + self.self_attn[1](self.input_layernorm[1](b0), context)
-        return a1 + self.mlps[1](self.post_attention_layernorm[1](a1)) + shortcut
+        return a1 + feed_forward(self.mlps[1], self.post_attention_layernorm[1](a1), context) + shortcut

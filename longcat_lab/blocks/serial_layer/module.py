@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longcat_lab.blocks.context import ForwardContext
+from longcat_lab.blocks.context import ForwardContext, feed_forward
 from longcat_lab.blocks.scmoe.module import ScMoELayer
 
 
@@ -20,7 +20,7 @@ class SerialLayer(ScMoELayer):
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """x [B, T, H] to [B, T, H]."""
         a0 = x + self.self_attn[0](self.input_layernorm[0](x), context)
-        b0 = a0 + self.mlps[0](self.post_attention_layernorm[0](a0))
+        b0 = a0 + feed_forward(self.mlps[0], self.post_attention_layernorm[0](a0), context)
         a1 = b0 + self.self_attn[1](self.input_layernorm[1](b0), context)
         v = self.post_attention_layernorm[1](a1)
-        return a1 + self.mlps[1](v) + self.mlp(v, context)
+        return a1 + feed_forward(self.mlps[1], v, context) + self.mlp(v, context)

@@ -115,7 +115,12 @@ def _longcat(keys: Keys, data: dict[str, Any], names: Collection[str]) -> None:
     if ratio is not None or order is not None or splits is not None:
         if ratio is None or order is None or splits is None:
             raise keys.error("of the n-gram embedding's ratio, neighbor_num and split_num only some are given: give all three or none.")
-        ngram = {"kind": "ngram_embedding", "order": order, "splits": splits, "vocab_ratio": ratio, "normalised_init": False}
+        ngram = {"kind": "ngram_embedding", "order": order, "splits": splits, "vocab_ratio": ratio, "normalised_init": "none"}
+        end = keys.data.get("eos_token_id")  # the released code ends n-grams there; several ids are said as a list
+        if end is not None and not isinstance(end, list):
+            ngram |= {"boundary": "eos", "eos_token_id": keys.get(int, "eos_token_id")}
+        elif end:
+            raise keys.error(f"'eos_token_id' is {end!r}, but n-grams can end at one id only: leave one.")
         data["embedding"] = {"kind": "token", "ngram": ngram}
     steps = keys.get(int, "num_nextn_predict_layers", "mtp_num_layers", default=1)
     replicated = keys.get(bool, "mtp_replicate_modules", default=False)

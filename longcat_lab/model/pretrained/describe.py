@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,17 +63,38 @@ def config_json(config: ModelConfig, naming: Naming) -> dict[str, Any]:
         noted["latent_norm_eps"] = c.norm.eps if a.latent_norm_eps is None else a.latent_norm_eps
     if mtp is not None and mtp.hidden != "normed":
         noted["mtp_hidden"] = mtp.hidden
-    if mtp is not None and naming == "longcat" and not mtp.own_embedding and not folds_scale(c):
+    if mtp is not None and naming == "longcat" and not mtp.own_embedding and math.isclose(fold_factors(c)[0], 1):
         noted["mtp_own_embedding"] = False
     if is_sparse(c) and a.index_query_latent != "normed":
         noted["index_query_latent"] = a.index_query_latent
     return {**data, OWN_KEY: noted} if noted else data
 
 
-def folds_scale(config: ModelConfig) -> bool:
-    """Whether the n-gram mean has a scale of its own, which no key describes: it is multiplied into the weights that are written."""
+def fold_factors(config: ModelConfig) -> tuple[float, float]:
+    """What the token's rows and the projections are multiplied by when they are written: checkpoints know the plain mean alone.
+
+    c (a E_0 + b W r) is the mean of (E + 1) c a E_0 and (E + 1) c b W, so every fusion and a constant amplifier can be written.
+    """
     ngram = getattr(config.embedding, "ngram", None)
-    return ngram is not None and ngram.normalised_init
+    if ngram is None or not hasattr(ngram, "output_scales"):
+        return 1.0, 1.0
+    a, b, _ = ngram.output_scales(config.hidden_size)
+    return a * (ngram.tables + 1), b * (ngram.tables + 1)
+
+
+def _ngram_json(c: ModelConfig, refuse: Callable[[bool, str], None]) -> dict[str, Any]:
+    ngram, place = c.embedding.ngram, "embedding.ngram"
+    kinds = ("ngram_embedding", "ngram_sum", "ngram_amplified")
+    refuse(ngram.kind not in kinds, f"{place}.kind {ngram.kind}")
+    refuse(ngram.hash != "polynomial" or ngram.prime_sizes, f"{place}.hash other than polynomial with staggered sizes")
+    refuse(ngram.table_rows is not None or ngram.table_width is not None, f"{place}.table_rows or table_width")
+    refuse(ngram.pad != "zero", f"{place}.pad {ngram.pad}")
+    refuse(ngram.boundary == "none" or not ngram.eos_looks_back, f"{place}.boundary none, or an end of sequence that does not look back")
+    refuse(ngram.amplifier == "layer_norm", f"{place}.amplifier layer_norm")
+    refuse(ngram.injection_layers != [0], f"{place}.injection_layers")
+    ratio, prefix = ("oe_vocab_size_ratio", "oe") if is_sparse(c) else ("ngram_vocab_size_ratio", "emb")
+    ends = {"eos_token_id": ngram.eos_token_id} if ngram.boundary == "eos" else {}
+    return {ratio: ngram.vocab_ratio, f"{prefix}_neighbor_num": ngram.order, f"{prefix}_split_num": ngram.splits, **ends}
 
 
 def _refusals(naming: Naming) -> Callable[[bool, str], None]:
@@ -111,8 +133,7 @@ def _longcat_json(c: ModelConfig, refuse: Callable[[bool, str], None]) -> dict[s
     if mtp is not None and mtp.num_nextn_predict_layers > 1:
         data |= {"mtp_num_layers": mtp.num_nextn_predict_layers, "mtp_replicate_modules": True}
     if ngram:
-        ratio, prefix = ("oe_vocab_size_ratio", "oe") if is_sparse(c) else ("ngram_vocab_size_ratio", "emb")
-        data |= {ratio: ngram.vocab_ratio, f"{prefix}_neighbor_num": ngram.order, f"{prefix}_split_num": ngram.splits}
+        data |= _ngram_json(c, refuse)
         if mtp is not None and mtp.own_ngram_tables:
             data["mtp_disable_over_tokenizer"] = True
     return data

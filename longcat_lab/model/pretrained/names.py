@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from longcat_lab.blocks.ngram_embedding.op import table_moduli
 from longcat_lab.config.model import ModelConfig
 from longcat_lab.model.pretrained.config import MTP_TABLE, Naming
 from longcat_lab.model.pretrained.sparse import is_sparse
@@ -80,8 +79,8 @@ def layout(
         shape = tuple(tensor.shape)
         if ours.endswith((".mlp.gate_up_proj", ".mlp.down_proj")):
             parts.update(_experts(ours, tensor, config, naming, found, zero_rows))
-        elif ours.endswith("embed_tokens.tables"):
-            parts.update(_ngrams(ours.removesuffix(".tables"), tensor, config, found))
+        elif ours.endswith("embed_tokens.tables.weight"):
+            parts.update(_ngrams(ours.removesuffix(".tables.weight"), tensor, config, found))
         elif not ours.endswith("embed_tokens.projection.weight"):
             parts[file_name(ours, config, naming)] = Part(shape, ours)
     parts.update(_copies(config, naming, tensors, found))
@@ -122,9 +121,9 @@ def _ngrams(ours: str, tables: Tensor, config: ModelConfig, found: Collection[st
     kinds = ("oe_embed_tokens", "oe_embed_proj") if flat else ("ngram_embeddings.embedders.", "ngram_embeddings.post_projs.")
     table, projection = (f"{place}{kind}" for kind in kinds)
     ngram, start, width = config.embedding.ngram, 0, tables.shape[1]
-    for i, rows in enumerate(table_moduli(config.vocab_size, ngram.vocab_ratio, ngram.order, ngram.splits)):
+    for i, rows in enumerate(ngram.moduli(config.vocab_size)):
         columns = (slice(None), slice(i * width, (i + 1) * width))
-        yield f"{table}{i}.weight", Part((rows, width), f"{ours}.tables", (slice(start, start + rows),))
+        yield f"{table}{i}.weight", Part((rows, width), f"{ours}.tables.weight", (slice(start, start + rows),))
         yield f"{projection}{i}.weight", Part((config.hidden_size, width), f"{ours}.projection.weight", columns)
         start += rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from longcat_lab.errors import LabError
 from longcat_lab.files import write_folder
 from longcat_lab.model.lm import LongcatLM
 from longcat_lab.model.pretrained.config import Naming
-from longcat_lab.model.pretrained.describe import config_json, folds_scale
+from longcat_lab.model.pretrained.describe import config_json, fold_factors
 from longcat_lab.model.pretrained.files import CONFIG, INDEX, WEIGHTS
 from longcat_lab.model.pretrained.names import Part, layout
 
@@ -39,8 +40,8 @@ def save_pretrained(
     prediction module (`model.mtp.oe_embed_tokens0.weight`, `model.mtp.oe_embed_proj0.weight`) are by analogy and not confirmed.
     Settings that change what is computed and have no key of their own (eps of the latents' norms other than 1e-6, which is what
     transformers takes there whatever the file says; an unnormed start of the prediction steps) are noted under `longcat_lab` for
-    `from_pretrained`; settings of training alone are not written. The scale of a normalised n-gram mean is multiplied into the
-    token's rows and the projections.
+    `from_pretrained`; settings of training alone are not written. Scales of the n-gram fusion and a constant
+    amplifier are multiplied into the token's rows and the projections: checkpoints know the plain mean alone.
 
     Args:
         folder: must not exist.
@@ -72,14 +73,15 @@ def save_pretrained(
     if any(tensor.is_meta for tensor in state.values()):
         raise LabError("The model has no weights (it is on the meta device): build it on another.")
     parts = layout(config, naming, state, zero_rows=transformers_zero_rows)
-    scale = model.embed_tokens.scale if folds_scale(config) else 1.0
+    token, projection = fold_factors(config)
+    factors = {"model.embed_tokens.weight": token, "embed_tokens.projection.weight": projection}
     shards = list(_shards(parts, lambda part: _dtype(part, state).itemsize, max_shard_bytes))
 
     def write(temporary: Path) -> None:
         weight_map, total = {}, 0
         for number, names in enumerate(shards, 1):
             file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {name: _tensor(name, parts[name], state, scale) for name in names}
+            tensors = {name: _tensor(parts[name], state, factors.get(name, factors.get(parts[name].ours, 1.0))) for name in names}
             _save(tensors, temporary / file)
             weight_map |= dict.fromkeys(names, file)
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -109,14 +111,14 @@ def _shards(parts: dict[str, Part], element_bytes: Callable[[Part], int], limit:
     yield names
 
 
-def _tensor(name: str, part: Part, state: dict[str, Tensor], scale: float) -> Tensor:
+def _tensor(part: Part, state: dict[str, Tensor], factor: float) -> Tensor:
     """What the file holds; a view of our tensor wherever that is possible."""
     if part.ours is None:
         return torch.zeros(part.shape, dtype=_dtype(part, state))
     tensor = state[part.ours]
     tensor = tensor[part.index] if part.index else tensor
-    if scale != 1.0 and (name == "model.embed_tokens.weight" or part.ours == "embed_tokens.projection.weight"):
-        tensor = (scale * tensor.double()).to(tensor.dtype)
+    if not math.isclose(factor, 1):
+        tensor = (factor * tensor.double()).to(tensor.dtype)
     tensor = tensor.cpu().contiguous()
     return tensor.clone() if part.copy else tensor  # safetensors refuses two names for the same memory
 

@@ -1,0 +1,78 @@
+"""Whether a model fits into memory, asked before anything is allocated: systems that overcommit kill a process instead of refusing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from longcat_lab.blocks.table import Table
+from longcat_lab.errors import LabError
+
+CGROUPS = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),)
+CGROUPS += (("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take on the host: what the system can give, within the container's limit where there is one."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**62
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))  # counts caches that can go
+    except (OSError, StopIteration, ValueError):
+        pass
+    for limit, used in CGROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or its limit is `max`
+            continue
+    return max(free, 0)
+
+
+def check_memory(
+    model: nn.Module, free: int, doing: str, added: Callable[[str, nn.Parameter], float] = lambda name, parameter: 0.0
+) -> None:
+    """Raises LabError where parameters (with what is `added` to each, in bytes) and buffers of `model` do not fit into `free` bytes.
+
+    Args:
+        model: may be on the meta device.
+        doing: `build` or `train`, for the sentence.
+        added: bytes beside a parameter: its gradient and its optimizer's state.
+    """
+    need = sum(p.nbytes + added(name, p) for name, p in model.named_parameters()) + sum(b.nbytes for b in model.buffers())
+    if need <= free:
+        return
+    tables = {f"{name}.weight": table for name, table in model.named_modules() if isinstance(table, Table)}
+    parts = {name: t.weight.nbytes + added(name, t.weight) + t.touched.nbytes for name, t in tables.items()}
+    of_tables = sum(parts.values())
+    sentence = f"To {doing} this model takes {_size(need)} of memory and {_size(free)} are free here"
+    if of_tables < need / 2:
+        raise LabError(f"{sentence}: `longcat-lab budget` shows which part to make smaller.")
+    largest = max(parts, key=parts.__getitem__)
+    rows, width = tables[largest].weight.shape
+    fits = 0.9 * (free - (need - of_tables)) / of_tables  # some room for activations
+    cure = (
+        f"with {fits:.1%} of the rows they would fit (vocab_ratio or table_rows times {fits:.2g})"
+        if fits > 0
+        else "and the rest of it does not fit either"
+    )
+    more = "; training.optimizer.table_optimizer row_wise keeps 4 bytes a row beside them" if doing == "train" else ""
+    raise LabError(f"{sentence}, of which tables take {_size(of_tables)} ({largest}: {rows:,} rows of {width}): {cure}{more}.")
+
+
+def check_model(make: Callable[[], nn.Module]) -> None:
+    """`check_memory` for a model that `make` builds, where it would be built on the host."""
+    if torch.get_default_device().type == "cpu":
+        with torch.device("meta"):
+            check_memory(make(), free_memory(), "build")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
