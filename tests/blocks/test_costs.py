@@ -8,6 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longcat_lab.blocks import Block, BlockConfig, ForwardContext, MLAConfig, MoEConfig, NgramEmbeddingConfig, kinds
+from longcat_lab.blocks.context import feed_forward
+from longcat_lab.blocks.engram.op import convolve_reference
 from longcat_lab.blocks.mla.op import attention_reference
 from longcat_lab.blocks.moe.experts_op import experts_reference
 from longcat_lab.budget import budget, totals
@@ -27,15 +29,29 @@ def shape_and_config(role, kind, **settings):
 def inputs(role, shape, rope_width):
     """Arguments of a forward pass of one sequence."""
     tokens, x = torch.randint(0, shape.vocab_size, (1, LENGTH)), torch.randn(1, LENGTH, shape.hidden_size)
-    context = ForwardContext(tuple(torch.randn(2, LENGTH, rope_width // 2)))
+    context = ForwardContext(tuple(torch.randn(2, LENGTH, rope_width // 2)), tokens=tokens, embedded=x)
     trunk = torch.nn.Embedding(shape.vocab_size, shape.hidden_size)
     return {
         "embedding": (tokens,),
-        "ngram": (tokens,),
+        "ngram": (tokens, context),
+        "ffn": (x, context),
         "attention": (x, context),
         "layer": (x, context),
         "mtp": (x, tokens, trunk, lambda: context),
     }.get(role, (x,))
+
+
+def run(role, module, shape, arguments):
+    """One forward pass; kinds that enter the residual stream at layers do so at all of them."""
+    if role == "ffn":
+        return feed_forward(module, *arguments)
+    if role != "ngram":
+        return module(*arguments)
+    tokens, context = arguments
+    x = context.embedded = module(tokens)
+    for point in range(shape.num_layers + 1):
+        x = module.enter(point, x, context)
+    return x
 
 
 def built(role, shape, config):
@@ -61,6 +77,7 @@ def test_flops_are_those_of_the_built_module(role, kind, monkeypatch):
     """Counted by torch while the module runs. Attention runs over all T keys and is budgeted over the (T + 1) / 2 visible ones."""
     monkeypatch.setattr("longcat_lab.blocks.mla.module.attention", attention_reference)  # the counter sees plain products only
     monkeypatch.setattr("longcat_lab.blocks.moe.module.experts", experts_reference)
+    monkeypatch.setattr("longcat_lab.blocks.engram.module.convolve", convolve_reference)
     shape, config = shape_and_config(role, kind)
     if role in ("moe", "layer"):  # every pick real, so that the count does not depend on the routing
         moe = MoEConfig(zero_expert_num=0)
@@ -69,7 +86,7 @@ def test_flops_are_those_of_the_built_module(role, kind, monkeypatch):
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     with FlopCounterMode(display=False) as counter:
-        module(*inputs(role, shape, a.qk_rope_head_dim))
+        run(role, module, shape, inputs(role, shape, a.qk_rope_head_dim))
     counted = counter.get_total_flops() / LENGTH
     if role == "mtp":  # the head is the trunk's module and is applied outside
         counted += config.num_nextn_predict_layers * 2 * shape.hidden_size * shape.vocab_size

@@ -71,7 +71,7 @@ def test_literal_addresses():
 
 
 def test_literal_addresses_of_the_exclusive_or():
-    """A published example: tokens 7, 9, 11, holes filled with 99, multipliers 3, 5, 7, sizes 101 and 103; rows (1, 124), (56, 136), (12, 162)."""
+    """A published example: tokens 7, 9, 11, holes filled with 99, multipliers 3, 5, 7 and sizes 101 and 103."""
     settings_ = NgramEmbeddingConfig(
         order=3, splits=1, table_rows=100, hash="multiplicative_xor", multipliers=[3, 5, 7], pad="eos", eos_token_id=99
     )

@@ -59,7 +59,12 @@ class MTPConfig(BlockConfig):
         return weight
 
     def inner(self, shape: ModelShape) -> tuple[BlockConfig, ModelShape]:
-        """The layer that a block holds, and the place it stands at: its attention owns its index like a first layer's."""
+        """The layer that a block holds, and the place it stands at: its attention owns its index like a first layer's.
+
+        Its dense networks look nothing up: a step's position holds the token ahead, and drafts would have to be looked up too.
+        """
+        if hasattr(shape.ffn, "plain"):
+            shape = replace(shape, ffn=shape.ffn.plain())
         if self.block == "layer":
             return shape.layer, replace(shape, layer_index=shape.num_layers)
         return DecoderLayerConfig(first_k_dense_replace=1), replace(shape, layer_index=0)

@@ -21,13 +21,17 @@ def swiglu_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tenso
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """`swiglu_reference`, its activation in one compiled pass each way on a CPU in fp32 and fp64; the matrix products are torch's."""
-    gated, raised = F.linear(x, gate), F.linear(x, up)
+    """`swiglu_reference`, its activation by `silu_gated`; the matrix products are torch's."""
+    return F.linear(silu_gated(F.linear(x, gate), F.linear(x, up)), down)
+
+
+def silu_gated(gated: Tensor, raised: Tensor) -> Tensor:
+    """SiLU(gated) * raised, in one compiled pass each way on a CPU in fp32 and fp64."""
     if _kernel_takes(gated, raised):
         from longcat_kernels import silu_times
 
-        return F.linear(silu_times(gated, raised), down)
-    return F.linear(F.silu(gated) * raised, down)
+        return silu_times(gated, raised)
+    return F.silu(gated) * raised
 
 
 def _kernel_takes(gated: Tensor, raised: Tensor) -> bool:
