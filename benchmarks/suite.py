@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks.attention import attention
 from benchmarks.harness import Row, compare
 from benchmarks.mixture import mixture, unused_experts
+from benchmarks.ngram import ngram_addresses, ngram_fusion, ngram_step, table_optimizers
 from benchmarks.training_step import training_step
 from longcat_lab.blocks.moe import experts_op
 from longcat_lab.blocks.moe.router_op import route_reference
-from longcat_lab.blocks.ngram_embedding.op import ngram_rows, ngram_rows_reference, table_moduli
 from longcat_lab.blocks.rms_norm.op import rms_norm, rms_norm_reference
 from longcat_lab.blocks.rope.op import rope_angles, rotate, rotate_pairs
 
@@ -67,20 +67,6 @@ def zero_experts() -> Iterator[Row]:
     )
 
 
-def ngram_addresses() -> Iterator[Row]:
-    """Row addresses of 16 tables (orders 2 to 5, 4 a order, LongCat-2.0's sizes) for 8192 packed tokens."""
-    vocab, order, splits = 163840, 5, 4
-    moduli = table_moduli(vocab, 100.567, order, splits)
-    tokens, documents = torch.randint(0, vocab, (8, 1024)), (torch.arange(1024) // 300).expand(8, -1)
-    weights = torch.tensor([[pow(vocab, j, m) if j < e // splits + 2 else 0 for e, m in enumerate(moduli)] for j in range(order)])
-    sizes = torch.tensor(moduli)
-    yield compare(
-        "ngram_addresses",
-        ("all tables at once", lambda: ngram_rows(tokens, documents, weights, sizes)),
-        ("loop over tables", lambda: ngram_rows_reference(tokens, documents, vocab, order, splits, moduli)),
-    )
-
-
 def small_ops() -> Iterator[Row]:
     """RMSNorm and rotation, fast form against reference, forward and backward."""
     x, weight = torch.randn(1024, 128, requires_grad=True), torch.ones(128, requires_grad=True)
@@ -100,5 +86,8 @@ def small_ops() -> Iterator[Row]:
 
 SUITE = {
     function.__name__: function
-    for function in (experts, zero_experts, mixture, unused_experts, attention, training_step, ngram_addresses, small_ops)
+    for function in (
+        *(experts, zero_experts, mixture, unused_experts, attention, training_step),
+        *(ngram_addresses, ngram_fusion, ngram_step, table_optimizers, small_ops),
+    )
 }

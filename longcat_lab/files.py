@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,3 +75,17 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
         raise sentence_of(error, f"writing {path}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, Any], path: Path) -> None:
+    """`tensors` as one safetensors file, written from where they lie. Raises OSError with the system's own number."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which hides the operating system's number in its text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from error

@@ -12,6 +12,9 @@ from longcat_lab.node import Node
 class OptimizerConfig(Node):
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest; learning rates by role of parameter.
 
+    N-gram tables can have an optimizer of their own (`table_optimizer`), whose step costs time by the row that was hit. It treats rows
+    that are hit seldom differently from AdamW, whose moments go on moving a row that is hit no more: a run's optimizer.txt says how much.
+
     With `match_rms_adamw` (Moonlight, arXiv 2502.16982 section 2.2) a Muon update has the RMS of an AdamW update, so the two share
     `learning_rate` and `weight_decay`; `original` (Jordan 2024) wants a larger rate: set `muon_lr_multiplier`.
     """
@@ -29,8 +32,26 @@ class OptimizerConfig(Node):
     ns_steps: int = Field(5, ge=1, lt=100, description="Muon: Newton-Schulz iterations")
     muon_eps: float = Field(1e-7, gt=0, description="Muon: smallest norm a matrix is divided by; a smaller gradient makes smaller steps")
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field("match_rms_adamw", description="Muon: learning rate by a matrix's shape")
+    table_optimizer: Literal["adamw", "lazy_adam", "row_wise", "sgd"] = Field(
+        "adamw",
+        description="n-gram tables. adamw: dense, every row in every step; the others step on the rows that were hit alone: Adam on them, "
+        "one second moment a row and no first (4 bytes of state a row), plain SGD",
+    )
+    table_beta1: float | None = Field(None, ge=0, lt=1, description="n-gram tables, adamw and lazy_adam; empty: beta1")
+    table_beta2: float | None = Field(None, ge=0, lt=1, description="n-gram tables, all but sgd; empty: beta2")
+    table_momentum: float = Field(0.0, ge=0, lt=1, description="n-gram tables, sgd: from one hit of a row to the next; 0 keeps no state")
     weight_decay: float = Field(0.1, ge=0, description="decoupled; matrices only, never embeddings, tables or norms")
-    clip_norm: float = Field(1.0, gt=0, description="largest L2 norm of the gradient of everything but n-gram tables")
+    table_weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="n-gram tables, decoupled: with adamw on every row in every step, else on the rows that were hit alone",
+    )
+    clip_norm: float = Field(1.0, gt=0, description="largest L2 norm of the gradient of everything but `clip_without`")
+    clip_without: list[str] = Field(
+        ["table"],
+        description="roles (table, embedding, matrix, head, router, vector) or patterns of parameter names (such as *.tables.*) that are "
+        "left out of the gradient's norm and not clipped; []: nothing is",
+    )
 
 
 class ScheduleConfig(Node):

@@ -12,20 +12,19 @@ from longcat_lab.blocks import Block
 BLOCK_ROWS = 1024
 
 
-def normal_rows(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
-    """N(0, std^2) in fp32 on the CPU, drawn in blocks of 1024 rows, each from its own (seed, name, block).
+def normal_rows(out: Tensor, std: float, seed: int, name: str) -> Tensor:
+    """Fills `out` with N(0, std^2), drawn in fp32 on the CPU in blocks of 1024 rows, each from its own (seed, name, block).
 
     So arms that share a parameter's name and shape start from the same values whatever else they contain, and a rank that
     holds only some rows can draw those alone.
     """
-    values = torch.empty(shape, device="cpu")
-    rows = values.view(-1, shape[-1])
+    rows = out.view(-1, out.shape[-1])
     for start in range(0, len(rows), BLOCK_ROWS):
         key = zlib.crc32(f"{seed}/{name}/{start // BLOCK_ROWS}".encode())
         generator = torch.Generator(device="cpu").manual_seed(seed * 2**32 + key)
         part = rows[start : start + BLOCK_ROWS]
-        part.copy_(torch.randn(BLOCK_ROWS, shape[-1], generator=generator)[: len(part)] * std)
-    return values
+        part.copy_(torch.randn(BLOCK_ROWS, out.shape[-1], generator=generator, device="cpu")[: len(part)] * std)
+    return out
 
 
 def _asked_for(model: nn.Module, method: str) -> dict[str, float]:
@@ -50,4 +49,4 @@ def initialise(model: nn.Module, std: float, seed: int, width_scale: float = 1.0
         if name in constant or own.get(name) == 0 or (parameter.ndim < 2 and name not in own):
             parameter.fill_(constant.get(name, own.get(name, 1.0)))
         else:
-            parameter.copy_(normal_rows(parameter.shape, own.get(name, std * width_scale**-0.5), seed, name))
+            normal_rows(parameter, own.get(name, std * width_scale**-0.5), seed, name)

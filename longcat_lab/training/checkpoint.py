@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model
-from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from longcat_lab.errors import LabError
-from longcat_lab.files import read_json, write_folder, write_json, write_whole
+from longcat_lab.files import read_json, save_tensors, write_folder, write_json, write_whole
 from longcat_lab.training.optimizer import Optimizers
 
 WEIGHTS = "model.safetensors"
@@ -21,9 +20,8 @@ WEIGHTS = "model.safetensors"
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Parameters and persistent buffers of `model` as one safetensors file."""
-    # Serialised in memory: the writers of both libraries hide the operating system's error (a full disk) in one of their own.
-    content = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()})
-    write_whole(path, lambda temporary: temporary.write_bytes(content))
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_whole(path, lambda temporary: save_tensors(tensors, temporary))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -44,7 +42,7 @@ def save(
     def write(temporary: Path) -> None:
         save_weights(model, temporary / WEIGHTS)
         rest = {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "buffers": _transient(model)}
-        content = io.BytesIO()
+        content = io.BytesIO()  # torch's writer hides the operating system's error (a full disk) in one of its own
         torch.save(rest, content)
         (temporary / "optimizer.pt").write_bytes(content.getbuffer())
         write_json(temporary / "state.json", {"identity": identity, "step": step, **state})

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from longcat_lab.errors import LabError
+from longcat_lab.model.memory import free_memory
 
 
 def choose(name: str) -> torch.device:
@@ -27,6 +28,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast | contextli
     """bf16 autocast where asked for, or (auto) where the accelerator computes in bf16; CPUs without it are faster in fp32."""
     wants = precision == "bf16" or (precision == "auto" and device.type != "cpu" and _has_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16) if wants else contextlib.nullcontext()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that may still be taken there: on an accelerator, on the host, or on both where they are one."""
+    return free_memory() if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
 
 
 def _has_bf16(device: torch.device) -> bool:

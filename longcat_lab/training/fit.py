@@ -18,10 +18,11 @@ from longcat_lab.data.batch import window_count
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json, write_whole
 from longcat_lab.model import build
+from longcat_lab.model.memory import check_memory
 from longcat_lab.training import checkpoint, device, growth, mechanisms, provenance
 from longcat_lab.training.evaluation import entry_measures, evaluate, evaluate_all
 from longcat_lab.training.loss import plan_step, step_loss
-from longcat_lab.training.optimizer import clip, make_optimizer, set_learning_rate, split, split_table
+from longcat_lab.training.optimizer import added_bytes, clip, make_optimizer, set_learning_rate, split, split_table
 from longcat_lab.training.run import Run
 from longcat_lab.training.schedule import learning_rate_factor
 from longcat_lab.training.sitting import alone_in, finish_the_step
@@ -79,6 +80,9 @@ class _Session:
         self.device = device.choose(config.training.device)
         if config.training.growth:
             growth.check(config)
+        with torch.device("meta"):
+            whole = build(config)
+        check_memory(whole, device.free_bytes(self.device), "train", added_bytes(whole, config.training.optimizer))
         torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
         self._assemble(checkpoint.latest_step(folder))
         self.loader = Loader(
@@ -106,7 +110,7 @@ class _Session:
             "final": {},
         }
         write_json(folder / "run.json", self.record)
-        table = split_table(split(self.model, config.training.optimizer, config.model.width_scale))
+        table = split_table(split(self.model, config.training.optimizer, config.model.width_scale), config.training.optimizer)
         write_whole(folder / "optimizer.txt", lambda path: path.write_text(table + "\n", encoding="utf-8"))
         difference = provenance.uncommitted_changes()
         if difference:

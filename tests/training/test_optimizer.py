@@ -121,7 +121,7 @@ def test_the_split_names_every_parameter_once_and_is_what_is_built():
     assert {row.role for row in rows.values() if row.optimizer == "muon"} == {"matrix"}
     assert {row.role for row in rows.values() if row.weight_decay} == {"matrix", "head", "router"}
     peak = config.learning_rate
-    assert rows["layers.0.mlp.down_proj"].learning_rate == 2 * peak and rows["embed_tokens.tables"].learning_rate == 4 * peak
+    assert rows["layers.0.mlp.down_proj"].learning_rate == 2 * peak and rows["embed_tokens.tables.weight"].learning_rate == 4 * peak
 
 
 def test_the_split_is_printed_with_layers_collapsed():
@@ -169,7 +169,8 @@ def test_adamw_alone_is_plain_adamw_with_the_same_bits():
         role = {"head": "matrix", "router": "matrix"}.get(found[name], found[name])
         rate = config.learning_rate * (2 if role == "embedding" else 1)
         decay = 0.1 if role == "matrix" else 0.0
-        groups.setdefault(role, {"params": [], "role": role, "peak": rate, "weight_decay": decay})["params"].append(p)
+        fixed = {"role": role, "peak": rate, "weight_decay": decay, "clipped": role != "table"}
+        groups.setdefault(role, {"params": [], **fixed})["params"].append(p)
     plain = torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.95), eps=1e-16, fused=True)
     steps(model, optimizer, range(3))
     steps(other, plain, range(3))

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longcat_lab.errors import LabError
-from longcat_lab.files import write_folder
+from longcat_lab.files import save_tensors, write_folder
 from longcat_lab.model.lm import LongcatLM
 from longcat_lab.model.pretrained.config import Naming
 from longcat_lab.model.pretrained.describe import config_json, fold_factors
@@ -82,7 +79,7 @@ def save_pretrained(
         for number, names in enumerate(shards, 1):
             file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {name: _tensor(parts[name], state, factors.get(name, factors.get(parts[name].ours, 1.0))) for name in names}
-            _save(tensors, temporary / file)
+            save_tensors(tensors, temporary / file)
             weight_map |= dict.fromkeys(names, file)
             total += sum(tensor.nbytes for tensor in tensors.values())
             del tensors
@@ -121,16 +118,6 @@ def _tensor(part: Part, state: dict[str, Tensor], factor: float) -> Tensor:
         tensor = (factor * tensor.double()).to(tensor.dtype)
     tensor = tensor.cpu().contiguous()
     return tensor.clone() if part.copy else tensor  # safetensors refuses two names for the same memory
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # which hides the operating system's number in its text
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), str(error)) from error
 
 
 def _json(path: Path, data: dict[str, Any]) -> None:
