@@ -93,7 +93,7 @@ def _step(config: RunConfig) -> Callable[[], None]:
 def ngram_step() -> Iterator[Row]:
     """Training steps: 12 tables of 1 M rows against none at hidden 512, and 10 M rows x 32 against 0.1 M at hidden 128."""
     node, optimizer = "model.embedding.ngram", "training.optimizer.table_optimizer"
-    wide = ("micro", "data.sequence_length=512", "data.batch_size=4", "model.num_layers=2")
+    wide = ("micro", "data.sequence_length=512", "data.batch_size=4", "training.micro_batch_size=4", "model.num_layers=2")
     tables = (f"{node}.order=4", f"{node}.splits=4", f"{node}.table_width=42", f"{node}.table_rows=1000000")
     narrow = ("nano", "data.batch_size=32", f"{node}.order=3", f"{node}.splits=2")
     off = _step(load(*wide))

@@ -4,6 +4,9 @@ from longcat_lab.notebook.drafting import after_real_text, drafting_table, promp
 from longcat_lab.notebook.figures import architecture_costs, curves, differences
 from longcat_lab.notebook.figures_moe import activated_range, class_experts, expert_load, held_budget, mixture_measures
 from longcat_lab.notebook.figures_mtp import drafting, step_losses, step_quality
+from longcat_lab.notebook.figures_ngram import collision_lattice, collision_spikes, hit_rate, joint_uniqueness, table_load
+from longcat_lab.notebook.figures_rows import once_hit_displacements, row_norm_by_frequency, row_use
+from longcat_lab.notebook.ngram_report import collision_sweep, joint_sweep, row_counts
 from longcat_lab.notebook.page import Page
 from longcat_lab.notebook.routing import experts_by_class
 from longcat_lab.notebook.style import show
@@ -14,6 +17,9 @@ __all__ = [
     "after_real_text",
     "architecture_costs",
     "class_experts",
+    "collision_lattice",
+    "collision_spikes",
+    "collision_sweep",
     "curves",
     "differences",
     "drafting",
@@ -21,10 +27,18 @@ __all__ = [
     "expert_load",
     "experts_by_class",
     "held_budget",
+    "hit_rate",
+    "joint_sweep",
+    "joint_uniqueness",
     "mixture_measures",
+    "once_hit_displacements",
     "prompts",
+    "row_counts",
+    "row_norm_by_frequency",
+    "row_use",
     "show",
     "step_losses",
     "step_quality",
+    "table_load",
     "with_steps",
 ]
