@@ -86,6 +86,32 @@ def budget(
 
 
 @app.command()
+def ngrams(
+    config: Annotated[str, typer.Argument(help="a preset or a YAML file; its model.embedding.ngram is the plan")],
+    overrides: Overrides = None,
+    tokens: Annotated[int, typer.Option(help="of the training text that are counted", min=1)] = 200_000,
+) -> None:
+    """What the n-gram tables of a configuration make of its text: load, collisions, joint addresses, and what to change."""
+    from longcat_lab.blocks.ngram_embedding.analyse import recommend
+    from longcat_lab.blocks.ngram_embedding.hash_config import HashSettings
+    from longcat_lab.config import load
+    from longcat_lab.data import prepare
+    from longcat_lab.notebook.ngram_report import corpus_stream
+
+    resolved = load(config, *(overrides or ()))
+    plan = getattr(resolved.model.embedding, "ngram", None)
+    if not isinstance(plan, HashSettings):
+        raise LabError(f"{config} has no hashed n-gram tables: set model.embedding.ngram.order, as in model.embedding.ngram.order=3.")
+    stream, documents = corpus_stream(prepare(resolved.data, resolved.model.vocab_size), tokens=tokens)
+    found = recommend(plan, stream, documents, resolved.model.vocab_size)
+    columns = ["order", "split", "rows", "ngrams", "rows_used", "hit_rate", "load", "colliding", "expected", "relative", "sharing"]
+    typer.echo(found.before.table.reset_index()[columns].to_string(index=False, float_format="{:.3f}".format))
+    typer.echo(found.before.orders[["tables", "ngrams", "addresses", "colliding", "needed", "covers"]].to_string())
+    for sentence in (*found.before.advice(), "Recommended:", *found.sentences):
+        typer.echo(sentence)
+
+
+@app.command()
 def doctor() -> None:
     """What this machine has, and what each missing piece would need."""
     from longcat_lab.cli.doctor import examine

@@ -6,7 +6,17 @@ from longcat_lab.notebook.figures_moe import activated_range, class_experts, exp
 from longcat_lab.notebook.figures_mtp import drafting, step_losses, step_quality
 from longcat_lab.notebook.figures_ngram import collision_lattice, collision_spikes, hit_rate, joint_uniqueness, table_load
 from longcat_lab.notebook.figures_rows import once_hit_displacements, row_norm_by_frequency, row_use
-from longcat_lab.notebook.ngram_report import collision_sweep, joint_sweep, row_counts
+from longcat_lab.notebook.ngram_report import (
+    collision_sweep,
+    corpus_stream,
+    displacement_table,
+    joint_sweep,
+    row_counts,
+    slope_by_seed,
+    starting_scale,
+    table_rows,
+    training_stream,
+)
 from longcat_lab.notebook.page import Page
 from longcat_lab.notebook.routing import experts_by_class
 from longcat_lab.notebook.style import show
@@ -20,8 +30,10 @@ __all__ = [
     "collision_lattice",
     "collision_spikes",
     "collision_sweep",
+    "corpus_stream",
     "curves",
     "differences",
+    "displacement_table",
     "drafting",
     "drafting_table",
     "expert_load",
@@ -37,8 +49,12 @@ __all__ = [
     "row_norm_by_frequency",
     "row_use",
     "show",
+    "slope_by_seed",
+    "starting_scale",
     "step_losses",
     "step_quality",
     "table_load",
+    "table_rows",
+    "training_stream",
     "with_steps",
 ]

@@ -13,7 +13,7 @@ import torch
 
 from longcat_lab.budget import totals
 from longcat_lab.config import RunConfig
-from longcat_lab.data import Batch, Loader, prepare
+from longcat_lab.data import Batch, Corpus, Loader, prepare
 from longcat_lab.data.batch import window_count
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json, write_whole
@@ -60,6 +60,12 @@ def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = T
     return Run(folder)
 
 
+def training_loader(config: RunConfig, corpus: Corpus) -> Loader:
+    """The batches that `fit` trains on, from the first one on."""
+    seed = config.data.seed * DATA_SEED_STRIDE + config.seed
+    return Loader(corpus.split("train"), config.data.sequence_length, config.data.batch_size, seed)
+
+
 class _Session:
     """One sitting of a run: set-up, loop, end. What must survive it is in the run's folder."""
 
@@ -85,12 +91,7 @@ class _Session:
         check_memory(whole, device.free_bytes(self.device), "train", added_bytes(whole, config.training.optimizer))
         torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
         self._assemble(checkpoint.latest_step(folder))
-        self.loader = Loader(
-            self.corpus.split("train"),
-            config.data.sequence_length,
-            config.data.batch_size,
-            config.data.seed * DATA_SEED_STRIDE + config.seed,
-        )
+        self.loader = training_loader(config, self.corpus)
         # Since the last logged row: summed losses, steps, seconds.
         self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
         self.seconds, self.step, self.initial = 0.0, 0, {}

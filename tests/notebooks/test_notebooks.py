@@ -16,6 +16,14 @@ SMOKE = {
         "run_folder": str(tmp / "moe"),
         "progress": False,
     },
+    "20_ngram_embedding": lambda tmp: {
+        "preset": "tiny",
+        "steps": 20,
+        "vocab_ratio": 8.0,  # so that there is something to warn of
+        "counted_tokens": 6000,
+        "run_folder": str(tmp / "ngram"),
+        "progress": False,
+    },
     "40_mtp": lambda tmp: {"preset": "tiny", "steps": 20, "overrides": [], "run_folder": str(tmp / "mtp"), "progress": False},
     "run": lambda tmp: {"preset": "tiny"},
     "report": None,  # executed by the sweep's own test, on a real sweep
