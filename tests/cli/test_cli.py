@@ -15,7 +15,7 @@ def command(*arguments, cwd=ROOT):
 
 def test_help_names_the_commands():
     shown = command("--help").stdout
-    assert all(name in shown for name in ("run", "report", "train", "budget", "doctor"))
+    assert all(name in shown for name in ("run", "report", "train", "budget", "ngrams", "doctor"))
 
 
 def test_budget_prints_the_table():
@@ -23,6 +23,16 @@ def test_budget_prints_the_table():
     *table, activated = done.stdout.splitlines()
     assert done.returncode == 0 and table[-1].split()[0] == "total" and "ngram_embedding" in done.stdout
     assert "34,198 at 1.5" in activated and "n-gram projections" in activated
+
+
+def test_ngrams_counts_warns_and_recommends():
+    node = "model.embedding.ngram"
+    done = command("ngrams", "tiny", f"{node}.order=3", f"{node}.vocab_ratio=8.0", "--tokens", 3000)
+    assert done.returncode == 0, done.stderr
+    assert f"{node}.vocab_ratio: 8.0 is 8/1: frequent 2-grams share rows" in done.stdout
+    assert "Recommended:" in done.stdout and "order 3 needs 3 tables" in done.stdout
+    plain = command("ngrams", "tiny")
+    assert plain.returncode == 2 and plain.stderr.count("\n") == 1 and "has no hashed n-gram tables" in plain.stderr
 
 
 def test_doctor_finds_what_is_here():
