@@ -11,7 +11,8 @@ from longcat_lab.blocks.interface import Block
 
 
 class Table(Block):
-    """`count` rows of `width`, read by number. Nothing here costs time by the row but initialising and saving them.
+    """`count` rows of `width`, read by number. Nothing here costs time by the row but initialising and saving them, and
+    one count of `touched` for a logged row.
 
     Its gradient is sparse where the optimizer asks for that. `touched` marks rows that training has read.
     """

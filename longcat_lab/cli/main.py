@@ -87,7 +87,7 @@ def budget(
 
 @app.command()
 def ngrams(
-    config: Annotated[str, typer.Argument(help="a preset or a YAML file; its model.embedding.ngram is the plan")],
+    config: Annotated[str, typer.Argument(help="a preset or a YAML file; its model.embedding.ngram (or model.ffn) is the plan")],
     overrides: Overrides = None,
     tokens: Annotated[int, typer.Option(help="of the training text that are counted", min=1)] = 200_000,
 ) -> None:
@@ -99,8 +99,9 @@ def ngrams(
     from longcat_lab.notebook.ngram_report import corpus_stream
 
     resolved = load(config, *(overrides or ()))
-    plan = getattr(resolved.model.embedding, "ngram", None)
-    if not isinstance(plan, HashSettings):
+    plans = [getattr(resolved.model.embedding, "ngram", None), resolved.model.ffn]
+    plan = next((each for each in plans if isinstance(each, HashSettings)), None)
+    if plan is None:
         raise LabError(f"{config} has no hashed n-gram tables: set model.embedding.ngram.order, as in model.embedding.ngram.order=3.")
     stream, documents = corpus_stream(prepare(resolved.data, resolved.model.vocab_size), tokens=tokens)
     found = recommend(plan, stream, documents, resolved.model.vocab_size)

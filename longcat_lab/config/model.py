@@ -52,10 +52,14 @@ class ModelConfig(Node):
             embedding=self.embedding,
         )
 
-    @model_validator(mode="after")
-    def _fits(self) -> ModelConfig:
+    def check(self) -> None:
+        """Raises ConfigError where the blocks' settings and the model's do not fit together."""
         parts = (self.embedding, self.rope, self.norm, self.attention, self.ffn, self.moe, self.layer, self.mtp)
         for part in parts:
             if part is not None:
                 part.check(self.shape())
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        self.check()
         return self

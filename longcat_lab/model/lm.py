@@ -75,7 +75,8 @@ class LongcatLM(nn.Module):
 
         Args:
             tokens: int64 [B, T], T at most max_position_embeddings.
-            document_ids: int64 [B, T], equal inside a document: attention and n-grams do not cross from one to the next.
+            document_ids: int64 [B, T], equal inside a document: attention does not cross from one to the next, nor do n-grams
+                unless their `boundary` says so.
                 None takes each row for one document.
             padding: bool [B, T], True where there is no token: nothing is routed to a real expert or counted there.
             cache: of the tokens before these (one document a row); it takes these in.

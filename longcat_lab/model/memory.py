@@ -54,12 +54,11 @@ def check_memory(
     largest = max(parts, key=parts.__getitem__)
     rows, width = tables[largest].weight.shape
     fits = 0.9 * (free - (need - of_tables)) / of_tables  # some room for activations
-    cure = (
-        f"with {fits:.1%} of the rows they would fit (vocab_ratio or table_rows times {fits:.2g})"
-        if fits > 0
-        else "and the rest of it does not fit either"
-    )
-    more = "; training.optimizer.table_optimizer row_wise keeps 4 bytes a row beside them" if doing == "train" else ""
+    hashed = hasattr(tables[largest], "addresses")
+    setting = f"vocab_ratio or table_rows times {fits:.2g}" if hashed else "a smaller vocabulary or narrower rows"
+    cure = f"with {fits:.1%} of the rows they would fit ({setting})" if fits > 0 else "and the rest of it does not fit either"
+    state = added(largest, tables[largest].weight) / tables[largest].weight.nbytes
+    more = "; training.optimizer.table_optimizer row_wise keeps 4 bytes a row beside them" if state > 1 / width else ""
     raise LabError(f"{sentence}, of which tables take {_size(of_tables)} ({largest}: {rows:,} rows of {width}): {cure}{more}.")
 
 

@@ -10,6 +10,7 @@ import re
 import torch
 from torch import nn
 
+from longcat_lab.blocks.ngram_embedding.tables import NgramAddresses
 from longcat_lab.config import RunConfig
 from longcat_lab.errors import LabError
 from longcat_lab.model import build
@@ -28,12 +29,25 @@ def source_name(name: str, layers: int) -> str:
     return LAYER.sub(lambda found: f"layers.{int(found[1]) % layers}.", name)
 
 
+def _counterparts(small: nn.Module, large: nn.Module) -> None:
+    """Raises LabError where a layer of `large` and its source are not made of the same parts, or look n-grams up by another hash."""
+    layers = len(small.layers)
+    for number, layer in enumerate(large.layers):
+        source = small.layers[number % layers]
+        shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (layer, source)]
+        plans = [{name: m.plan for name, m in each.named_modules() if isinstance(m, NgramAddresses)} for each in (layer, source)]
+        if shapes[0] != shapes[1] or plans[0] != plans[1]:
+            what = "has other parts than" if shapes[0] != shapes[1] else "looks n-grams up by another hash than"
+            raise LabError(f"training.growth: layer {number} {what} layer {number % layers}; layers must be alike to be stacked.")
+
+
 def pairs(small: nn.Module, large: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(target, source) for every parameter and buffer of `large`, whose layer i has its source in small's layer i modulo its depth.
 
     Raises:
         LabError: a layer of `large` has parts that its source does not have (layers that differ by their place).
     """
+    _counterparts(small, large)
     layers, found = len(small.layers), []
     for collect in (nn.Module.named_parameters, nn.Module.named_buffers):
         sources, targets = dict(collect(small)), dict(collect(large))
@@ -46,9 +60,14 @@ def pairs(small: nn.Module, large: nn.Module) -> list[tuple[torch.Tensor, torch.
 
 
 def check(config: RunConfig) -> None:
-    """Raises what `stack` would, before anything is trained."""
+    """Raises what `stack` would, before anything is trained, and what a shallow model is refused for."""
+    few = shallow(config).model
+    try:
+        few.check()
+    except LabError as error:
+        raise LabError(f"training.growth: the shallow model, of {few.num_layers} layers, cannot be built: {error}") from None
     with torch.device("meta"):
-        pairs(build(shallow(config)), build(config))
+        pairs(build(few), build(config))
 
 
 @torch.no_grad()

@@ -120,6 +120,18 @@ def test_entering_at_layers_adds_the_rows_by_a_projection_of_each_layer():
     assert list(module.layer_projections) == ["2"]
 
 
+def test_rows_that_enter_at_layers_alone_start_as_the_plain_ones_do():
+    for way in ("scale", "rows", "none"):
+        model = tiny("model.num_layers=2", f"{NODE}.injection_layers=[1]", f"{NODE}.normalised_init={way}")
+        assert float(model.embed_tokens.weight.square().mean().sqrt().detach()) == pytest.approx(0.05, rel=0.02)
+
+
+def test_layer_norm_has_no_floor_that_a_quiet_start_would_feel():
+    """16 branches of rows of 0.006: a mean square of 2e-6, below torch's usual eps."""
+    module = tiny(f"{NODE}.amplifier=layer_norm", f"{NODE}.normalised_init=none", "model.initializer_range=0.006").embed_tokens
+    assert float(module(torch.randint(0, 512, (4, 64))).square().mean().detach()) == pytest.approx(1, rel=1e-3)
+
+
 def test_layers_alone_leave_the_input_embedding_plain():
     model, tokens = tiny("model.num_layers=2", f"{NODE}.injection_layers=[1]").eval(), torch.randint(0, 512, (1, 12))
     assert model.embed_tokens.projection is None
@@ -210,6 +222,11 @@ BAD = {
     r"multipliers: \[3, 4, 5\] are not 3 \(order\) odd numbers": ("hash=multiplicative_xor", "multipliers=[3, 4, 5]"),
     r"the hash would leave 64 bits: make the tables": ("table_rows=9000000000000000000",),
     r"injection_layers: \[0, 1\] is not a rising list of numbers from 0 to 0": ("injection_layers=[0, 1]",),
+    r"amplifier: sqrt_hidden is of the input embedding, which injection_layers \[1\] leaves plain": (
+        "amplifier=sqrt_hidden",
+        "injection_layers=[1]",
+    ),
+    r"multipliers are for hash multiplicative_xor, and hash is polynomial": ("multipliers=[3, 5, 7]",),
     r"base_scale 0 and table_init_ratio 0 make an embedding of zeros": ("fusion=sum", "base_scale=0.0", "table_init_ratio=0.0"),
     r"there is no ngram kind 'ngram_embeding', did you mean 'ngram_embedding'": ("kind=ngram_embeding",),
 }
@@ -218,12 +235,12 @@ BAD = {
 @pytest.mark.parametrize("sentence", BAD)
 def test_impossible_settings_are_one_sentence(sentence):
     with pytest.raises(ConfigError, match=sentence) as error:
-        load("tiny", *(f"{NODE}.{each}" for each in BAD[sentence]))
+        load("tiny", *(f"{NODE}.{each}" for each in BAD[sentence]), *(("model.num_layers=2",) if "leaves plain" in sentence else ()))
     assert "\n" not in str(error.value) and NODE in str(error.value)
 
 
 @pytest.mark.parametrize("bad", [512, -1])
-@pytest.mark.parametrize("overrides", [(), (f"{NODE}.order=3",)])
+@pytest.mark.parametrize("overrides", [(), (f"{NODE}.order=3",), (f"{NODE}.kind=hash_sum", f"{NODE}.hash=permuted")])
 def test_a_token_outside_the_vocabulary_is_named(bad, overrides):
     model, tokens = build(load("tiny", *overrides)), torch.zeros(1, 4, dtype=torch.int64)
     tokens[0, 2] = bad

@@ -413,7 +413,12 @@ def test_other_layers_and_the_prediction_steps_stay_plain(name):
     [
         ("hash_sum", f"{NGRAM}.table_width=8", "table_width: the rows of hash_sum are added without a projection"),
         ("bigram_lambda", f"{NGRAM}.table_width=8", "table_width"),
-        ("bigram_lambda", f"{NGRAM}.order=3", r"multipliers: \[36313, 27191\] are not 3"),
+        (
+            "bigram_lambda",
+            f"{NGRAM}.multipliers=[3]",
+            r"multipliers: \[3\] are not 2 \(order\) odd numbers above 0: write so many, or null",
+        ),
+        ("bigram_lambda", f"{NGRAM}.sign_rows=9000000000000000000", "sign_rows: .* the hash would leave 64 bits"),
         ("bigram_lambda", f"{NGRAM}.injection_layers=[2]", "injection_layers: .* from 0 to 1"),
         ("engram", f"{NGRAM}.injection_layers=[1, 0]", "injection_layers"),
         ("engram", f"{NGRAM}.splits=7", "14 tables .* do not divide hidden_size 32"),
@@ -429,9 +434,21 @@ def test_settings_that_do_not_fit_are_refused(name, override, sentence):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides"), [("hash_sum", ("splits=5",)), ("bigram_lambda", ("order=3", "multipliers=null", "splits=3"))]
-)
+@pytest.mark.parametrize(("name", "overrides"), [("hash_sum", ("splits=5",)), ("bigram_lambda", ("order=3", "splits=3"))])
 def test_full_rows_need_not_divide_the_width(name, overrides):
     model = model_of(name, *(f"{NGRAM}.{each}" for each in overrides))
     assert model(random_tokens(1, 7)).isfinite().all() and model.embed_tokens.tables.weight.shape[1] == 32
+
+
+def test_bigrams_have_the_public_multipliers_and_longer_ones_have_drawn_ones():
+    config = configured("bigram_lambda").model.embedding.ngram
+    assert [lag[0] for lag in config.plan(512).weights] == [36313, 27191]
+    drawn = configured("bigram_lambda", f"{NGRAM}.order=3").model.embedding.ngram.plan(512)
+    assert len(drawn.weights) == 3 and drawn.weights[0][0] != 36313
+
+
+def test_signs_are_not_drawn_for_a_model_without_memory():
+    """A billion rows of signs: the budget's meta model has their shape and takes nothing."""
+    with torch.device("meta"):
+        model = build(configured("bigram_lambda", f"{NGRAM}.sign_rows=1000000000"))
+    assert model.embed_tokens.signs.is_meta and len(model.embed_tokens.signs) > 10**9

@@ -94,7 +94,7 @@ def test_layers_that_differ_by_their_place_are_refused_and_nothing_is_copied():
     config = load("tiny", *GROW, "model.layer.kind=decoder", "model.layer.first_k_dense_replace=1")
     small, large = build(growth.shallow(config), seed=1), build(config, seed=2)
     before = copy.deepcopy(large.state_dict())
-    with pytest.raises(LabError, match=r"training.growth: 'layers\.2\..*layers must be alike") as caught:
+    with pytest.raises(LabError, match=r"training.growth: layer 2 has other parts than layer 0; layers must be alike") as caught:
         growth.stack(small, large)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in large.state_dict().items())
@@ -151,3 +151,35 @@ def test_growth_that_cannot_be_is_named():
     for settings, named in ((("model.num_layers=5",), "does not divide model.num_layers 5"), (("training.steps=6",), "not below steps")):
         with pytest.raises(lab.ConfigError, match=named):
             load("tiny", *GROW, *settings)
+
+
+FFN, NGRAM = "model.ffn", "model.embedding.ngram"
+UNLIKE = {
+    "other parts": ((f"{FFN}.kind=plne_swiglu", f"{FFN}.injection_layers=[0, 1]"), "layer 2 has other parts than layer 0"),
+    "another hash": (
+        (f"{FFN}.kind=plne_swiglu", f"{FFN}.hash=multiplicative_xor"),
+        "layer 2 looks n-grams up by another hash than layer 0",
+    ),
+    "a layer too late": (
+        (f"{NGRAM}.injection_layers=[0, 3]",),
+        r"the shallow model, of 2 layers, cannot be built: .*injection_layers: \[0, 3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_layers_that_read_other_tables_are_not_stacked(case, tmp_path):
+    settings, sentence = UNLIKE[case]
+    with pytest.raises(LabError, match=f"training.growth: {sentence}") as error:
+        lab.fit(load("tiny", *GROW, *SHORT, *settings), tmp_path, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_grown_model_with_tables_in_its_networks_is_the_one_that_is_loaded_again(tmp_path):
+    run = lab.fit(load("tiny", *GROW, *SHORT, f"{FFN}.kind=plne_swiglu"), tmp_path, progress=False)
+    again = build(run.config)
+    again.load_state_dict(run.model.state_dict())
+    tokens = torch.randint(0, 512, (1, 20))
+    assert torch.equal(again.eval()(tokens), run.model.eval()(tokens))
+    plans = {layer.mlps[0].tables.addresses.plan for layer in run.model.layers}
+    assert len(plans) == 1

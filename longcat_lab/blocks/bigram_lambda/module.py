@@ -13,6 +13,8 @@ from longcat_lab.blocks.token_embedding.module import TokenEmbedding
 if TYPE_CHECKING:
     from longcat_lab.blocks.bigram_lambda.config import BigramLambdaConfig
 
+SIGNS = 1  # salt of the second hash
+
 
 class BigramLambda(TokenEmbedding):
     """The token's row at the input; before layer l, x += lambda_l sum_i B_i[H_i] (times fixed signs). [B, T] to [B, T, H].
@@ -25,13 +27,15 @@ class BigramLambda(TokenEmbedding):
         self.lambda_init, self.layers = config.lambda_init, config.layers(shape)
         self.tables = HashedTables(config, shape.vocab_size, shape.hidden_size, 0.0)
         self.lambdas = nn.Parameter(torch.empty(len(self.layers)))
-        self.sign_addresses = NgramAddresses(config.sign_settings(), shape.vocab_size, salt=1) if config.sign_rows else None
+        self.sign_addresses = NgramAddresses(config.sign_settings(), shape.vocab_size, salt=SIGNS) if config.sign_rows else None
         signs = None
         if self.sign_addresses is not None:
-            generator = torch.Generator(device="cpu").manual_seed(config.hash_seed)
             size = (self.sign_addresses.rows, shape.hidden_size)
-            signs = torch.randint(0, 2, size, generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
-        self.register_buffer("signs", signs, persistent=False)  # fixed and drawn anew: no part of a checkpoint
+            signs = torch.empty(size, dtype=torch.int8)
+            if not signs.is_meta:
+                generator = torch.Generator(device="cpu").manual_seed(config.hash_seed)
+                signs.copy_(torch.randint(0, 2, size, generator=generator, dtype=torch.int8, device="cpu") * 2 - 1)
+        self.register_buffer("signs", signs, persistent=False)  # fixed and drawn anew: no part of the weights
 
     def initial_value(self) -> dict[str, float]:
         return {"lambdas": self.lambda_init}

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from longcat_lab.node import ConfigError
 
 class FullWidthSettings(HashSettings):
     """Hashed tables whose rows are as wide as the residual stream: nothing projects them."""
+
+    shares_width: ClassVar[bool] = False
 
     def width(self, shape: ModelShape) -> int:
         return shape.hidden_size

@@ -23,5 +23,6 @@ class HashSum(TokenEmbedding):
 
     def forward(self, tokens: Tensor, document_ids: Tensor | None = None, history: Tensor | None = None) -> Tensor:
         """`history`: int64 [B, h], tokens before these in the same document (decoding); the last order - 1 of them are read."""
+        token = super().forward(tokens)
         read = self.tables.read(self.tables.addresses(tokens, document_ids, history))  # [B, T, E, H]
-        return (super().forward(tokens) + read.sum(-2)) / (read.shape[-2] + 1)
+        return (token + read.sum(-2)) / (read.shape[-2] + 1)

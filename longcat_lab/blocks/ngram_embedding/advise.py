@@ -73,27 +73,29 @@ def _split_warnings(settings: HashSettings, plan: HashPlan) -> list[str]:
     for order, fewest in needed.items():
         if fewest > own:
             found.append(
-                f"{where}: order {order} needs {fewest} tables of {plan.moduli[0]} rows to tell all {plan.vocab_size}^{order} n-grams "
-                f"apart and has {own}: some may share all their rows."
+                f"{where}: order {order} needs {'' if plan.base else 'at least '}{fewest} tables of {plan.moduli[0]} rows to tell all "
+                f"{plan.vocab_size}^{order} n-grams apart and has {own}: some may share all their rows."
             )
     most = max(needed.values())
-    if most < own and not plan.xor and settings.hash != "random_base":  # of these no number of tables is known to tell all apart
+    if most < own and plan.base is not None:
         found.append(f"{where}: {most} tables an order tell all n-grams apart, so that further tables ({own}) tell nothing more apart.")
     return found
 
 
 def tables_needed(settings: HashSettings, vocab_size: int, order: int) -> int:
-    """Fewest splits whose sizes' lcm is at least V^n.
+    """Fewest splits whose sizes' lcm is at least b^n, b the base of the polynomial.
 
-    By the Chinese remainder theorem the rows of a polynomial in base V then tell all n-grams apart. With fewer than `joint_bound` says no
+    By the Chinese remainder theorem the rows of such a polynomial then tell all n-grams apart. With fewer than `joint_bound` says no
     hash does, for want of addresses; sizes that share factors may need more (those of 59.604 times 163840, all even, 4 tables for order 4).
+    Of an exclusive or, and of bases drawn for each table, no number of tables is known to tell all apart: for them it is `joint_bound`.
     """
-    bound = joint_bound(settings.plan(vocab_size), order)[0]
-    if settings.hash == "random_base":  # the theorem is of one base; what remains is that there must be V^n addresses
+    plan = settings.plan(vocab_size)
+    bound = joint_bound(plan, order)[0]
+    if plan.base is None:
         return bound
     for splits in range(bound, bound + FURTHER):
         sizes = settings.model_copy(update={"splits": splits, "order": order}).moduli(vocab_size)[-splits:]
-        if math.lcm(*sizes) >= vocab_size**order:
+        if math.lcm(*sizes) >= plan.base**order:
             return splits
     return bound + FURTHER
 

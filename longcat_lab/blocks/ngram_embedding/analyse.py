@@ -115,7 +115,7 @@ def analyse(
             _, address = np.unique(joined(address, row), return_inverse=True)
             addresses.append(int(address.max()) + 1)
         needed = tables_needed(settings, vocab_size, order)
-        covers = math.lcm(*plan.moduli[first : first + settings.splits]) >= vocab_size**order
+        covers = plan.base is not None and math.lcm(*plan.moduli[first : first + settings.splits]) >= plan.base**order
         orders.append(OrderCount(order, settings.splits, len(ngrams.first), tuple(addresses), needed, covers))
     return Analysis(settings, vocab_size, stream.tokens.numel(), tuple(tables), tuple(orders))
 
@@ -176,13 +176,16 @@ class Recommendation:
         old, new, after = self.before.settings, self.settings, self.after
         loads = ", ".join(f"{count.load:.2g} ({count.order}-grams)" for count in after.tables if count.split == 0)
         bounds = ", ".join(f"{count.needed} for order {count.order}" for count in after.order_counts)
-        return [
-            f"splits: {new.splits} (now {old.splits}): the fewest tables that tell all n-grams apart are {bounds}.",
+        promise = "that tell all n-grams apart" if new.plan(self.before.vocab_size).base else "with addresses for all n-grams (no promise)"
+        sentences = [
+            f"splits: {new.splits} (now {old.splits}): the fewest tables {promise} are {bounds}.",
             f"vocab_ratio: {new.vocab_ratio:g} (now {_size(old)}): 2-grams collide {after.relative():.2f} times as often as under a "
             f"uniform hash (now {self.before.relative():.2f} times).",
             f"Distinct n-grams a row after {after.tokens:,} tokens: {loads}.",
-            f"That makes {new.tables} tables: hidden_size must be a multiple of it, or table_width set.",
         ]
+        if new.shares_width and new.table_width is None:
+            sentences.append(f"That makes {new.tables} tables: hidden_size must be a multiple of it, or table_width set.")
+        return sentences
 
     def __str__(self) -> str:
         return "\n".join(self.sentences)

@@ -34,8 +34,9 @@ class NgramEmbeddingConfig(HashSettings):
     )
     normalised_init: Literal["scale", "rows", "none"] = Field(
         "scale",
-        description="how the output is made to start with the RMS of the plain embedding. scale: by a constant factor, which stays (before "
-        "the amplifier); rows: by the rows' initial values alone (amplifier included); none: rows start as a plain embedding's do",
+        description="how the output is made to start with the RMS of the plain embedding. scale: by a constant factor, which stays "
+        "(before the amplifier); rows: by the rows' first values alone (sqrt_hidden included; after LayerNorm the RMS is 1 all the same); "
+        "none: rows start as a plain embedding's do",
     )
     injection_layers: list[int] = Field(
         [0], description="0: the input embedding; l > 0: also added to the residual stream before layer l, by a projection of its own"
@@ -67,10 +68,15 @@ class NgramEmbeddingConfig(HashSettings):
         if 0 in self.injection_layers and a == 0 and self.table_init_ratio * b == 0:
             raise ConfigError(f"{self.where}: base_scale 0 and table_init_ratio 0 make an embedding of zeros: raise one of them.")
         check_layers(self.injection_layers, shape, self.where, first=0)
+        if self.amplifier != "none" and 0 not in self.injection_layers:
+            raise ConfigError(
+                f"{self.where}.amplifier: {self.amplifier} is of the input embedding, which injection_layers {self.injection_layers} "
+                "leaves plain: add 0 to them, or write none."
+            )
 
     def budget(self, shape: ModelShape) -> Budget:
         projection = Budget.of_weights(shape.hidden_size * self.tables * self.width(shape))
-        gain = Budget(params=shape.hidden_size if self.amplifier == "layer_norm" else 0)
+        gain = Budget(params=shape.hidden_size if self.amplifier == "layer_norm" and 0 in self.injection_layers else 0)
         gain = Budget(gain.params, gain.params)
         return Budget(params=self.table_params(shape)) + self.projections * projection + gain
 

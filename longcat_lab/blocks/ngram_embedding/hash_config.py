@@ -19,6 +19,7 @@ class HashSettings(BlockConfig):
     """Tables for orders 2 to `order`, `splits` a order, one behind the other in that sequence."""
 
     where: ClassVar[str] = "model.embedding.ngram"  # how errors call this node
+    shares_width: ClassVar[bool] = True  # the tables' rows divide hidden_size among them, unless table_width is set
 
     order: int = Field(3, ge=2, le=16, description="longest n-gram, in tokens; orders 2 to this one have tables")
     splits: int = Field(2, ge=1, description="hash tables for each order")
@@ -91,6 +92,10 @@ class HashSettings(BlockConfig):
             raise ConfigError(f"{where}.eos_token_id is empty, but boundary or pad is eos: write the token's id.")
         if self.eos_token_id is not None and self.eos_token_id >= vocab:
             raise ConfigError(f"{where}.eos_token_id: {self.eos_token_id} is no token of vocab_size {vocab}: write an id below it.")
+        if self.multipliers is not None and self.hash != "multiplicative_xor":
+            raise ConfigError(f"{where}.multipliers are for hash multiplicative_xor, and hash is {self.hash}: write null, or that hash.")
         if self.multipliers is not None and (len(self.multipliers) < self.order or any(m < 1 or m % 2 == 0 for m in self.multipliers)):
-            raise ConfigError(f"{where}.multipliers: {self.multipliers} are not {self.order} (order) odd numbers above 0.")
+            raise ConfigError(
+                f"{where}.multipliers: {self.multipliers} are not {self.order} (order) odd numbers above 0: write so many, or null."
+            )
         self.plan(vocab).check(where)

@@ -34,6 +34,7 @@ class HashPlan:
         moduli: E sizes. orders: the order n of each table.
         weights: [order][E], what lag j is multiplied with in table e (0 where the table's order does not reach lag j).
         xor: terms are combined by exclusive or in place of a sum.
+        base: of the polynomial, where all tables have the same; None for an exclusive or and for bases that are drawn.
         vocab_size: V. hole: the id that stands where there is no token (V itself where it is an id of its own).
         permutation_seed: ids are put into the order that this draws, before anything else; None leaves them.
         boundary, eos_token_id, eos_looks_back: see HashSettings.
@@ -43,6 +44,7 @@ class HashPlan:
     orders: tuple[int, ...]
     weights: tuple[tuple[int, ...], ...]
     xor: bool
+    base: int | None
     vocab_size: int
     hole: int
     permutation_seed: int | None
@@ -88,7 +90,7 @@ def make_plan(settings: HashSettings, vocab_size: int, moduli: list[int], salt: 
     Multipliers of multiplicative_xor: odd, below 2^63 / (V + 1), so that no product leaves 63 bits.
     Sources: arXiv 2601.21204 eq. 2; Engram (arXiv 2601.07372) for the exclusive or; BLT (arXiv 2412.09871) for prime bases.
     """
-    draw = random.Random(settings.hash_seed * 1_000_003 + salt)
+    base, draw = None, random.Random(settings.hash_seed * 1_000_003 + salt)
     orders = [table // settings.splits + 2 for table in range(len(moduli))]
     if settings.hash == "multiplicative_xor":
         drawn = [draw.randrange(1, 2**63 // (vocab_size + 1), 2) for _ in range(settings.order)]
@@ -99,12 +101,14 @@ def make_plan(settings: HashSettings, vocab_size: int, moduli: list[int], salt: 
         if settings.hash == "prime_base":
             base = next(p for p in range(base + 1, 2 * base + 2) if is_prime(p))
         bases = [draw.randrange(2, max(3, m)) if settings.hash == "random_base" else base for m in moduli]
+        base = None if settings.hash == "random_base" else base
         weights = [[pow(b, j, m) if j < n else 0 for b, m, n in zip(bases, moduli, orders, strict=True)] for j in range(settings.order)]
     return HashPlan(
         tuple(moduli),
         tuple(orders),
         tuple(map(tuple, weights)),
         settings.hash == "multiplicative_xor",
+        base,
         vocab_size,
         {"zero": 0, "reserved": vocab_size, "eos": settings.eos_token_id}[settings.pad],
         settings.hash_seed if settings.hash == "permuted" else None,
@@ -198,10 +202,10 @@ def ngram_rows(lags: list[Tensor], weights: Tensor, moduli: Tensor, splits: int,
 
 
 def joint_bound(plan: HashPlan, order: int) -> tuple[int, float]:
-    """Fewest tables of `order` whose rows together tell all n-grams apart, and log2 of what the plan's own tables tell apart.
+    """Fewest tables of `order` that together have an address for every n-gram, and log2 of the joint addresses of the plan's own.
 
-    By the Chinese remainder theorem the addresses of K tables are jointly unique for all V^n polynomials iff lcm(M_1 ... M_K) >= V^n.
-    The first number assumes sizes without common factors: ceil(n log V / log M).
+    By the Chinese remainder theorem the rows of K tables tell all n-grams apart iff lcm(M_1 ... M_K) >= b^n, for a polynomial in a base b
+    above every id. The first number assumes sizes without common factors: ceil(n log b / log M); `advise.tables_needed` does not.
     """
     own = [m for m, n in zip(plan.moduli, plan.orders, strict=True) if n == order]
-    return math.ceil(order * math.log(plan.vocab_size) / math.log(max(own[0], 2))), math.log2(math.lcm(*own))
+    return math.ceil(order * math.log(plan.base or plan.vocab_size) / math.log(max(own[0], 2))), math.log2(math.lcm(*own))

@@ -117,7 +117,9 @@ def _longcat(keys: Keys, data: dict[str, Any], names: Collection[str]) -> None:
             raise keys.error("of the n-gram embedding's ratio, neighbor_num and split_num only some are given: give all three or none.")
         ngram = {"kind": "ngram_embedding", "order": order, "splits": splits, "vocab_ratio": ratio, "normalised_init": "none"}
         end = keys.data.get("eos_token_id")  # the released code ends n-grams there; several ids are said as a list
-        if end is not None and not isinstance(end, list):
+        if isinstance(end, list) and len(end) == 1 and type(end[0]) is int:
+            ngram |= {"boundary": "eos", "eos_token_id": end[0]}
+        elif end is not None and not isinstance(end, list):
             ngram |= {"boundary": "eos", "eos_token_id": keys.get(int, "eos_token_id")}
         elif end:
             raise keys.error(f"'eos_token_id' is {end!r}, but n-grams can end at one id only: leave one.")
