@@ -31,6 +31,8 @@ def test_ngrams_counts_warns_and_recommends():
     assert done.returncode == 0, done.stderr
     assert f"{node}.vocab_ratio: 8.0 is 8/1: frequent 2-grams share rows" in done.stdout
     assert "Recommended:" in done.stdout and "order 3 needs 3 tables" in done.stdout
+    network = command("ngrams", "tiny", "model.ffn.kind=plne_swiglu", "--tokens", 500)
+    assert network.returncode == 0 and "model.ffn.splits: order 3 needs 3 tables" in network.stdout
     plain = command("ngrams", "tiny")
     assert plain.returncode == 2 and plain.stderr.count("\n") == 1 and "has no hashed n-gram tables" in plain.stderr
 
