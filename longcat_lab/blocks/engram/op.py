@@ -69,7 +69,7 @@ def engram_reference(
         conv, dilation, documents: see `convolve_reference`.
 
     Returns:
-        [B, T, H]. Source: Engram (arXiv 2601.07372) eq. 3 to 5.
+        [B, T, H]. Source: Engram (arXiv 2601.07372).
     """
     alpha = gate(rms_norm_reference(h, gains[0], eps), rms_norm_reference(F.linear(e, key), gains[1], eps))
     v = alpha[..., None] * F.linear(e, value)

@@ -33,7 +33,7 @@ class HashSumConfig(FullWidthSettings):
 
         e = (E_0[t] + sum_i E_i[H_i]) / (E + 1)
 
-    Source: BLT (arXiv 2412.09871) section 3.2.1, on bytes and orders 3 to 8; CANINE (arXiv 2103.06874) hashes characters alike.
+    Source: BLT (arXiv 2412.09871), on bytes and orders 3 to 8; CANINE (arXiv 2103.06874) hashes characters alike.
     """
 
     kind: Literal["hash_sum"] = "hash_sum"
