@@ -18,7 +18,7 @@ class EngramConfig(HashSettings):
         h += v + SiLU(DWConv(RMSN(v)))       causal, depthwise, dilation `order`, weights 0 at the start
 
     Each layer has tables and a draw of the hash of its own. Left out: the source's merging of token ids that read alike.
-    Source: Engram (arXiv 2601.07372) section 2.
+    Source: Engram (arXiv 2601.07372).
     """
 
     kind: Literal["engram"] = "engram"
