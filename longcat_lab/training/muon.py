@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from longcat_lab.training.parameter_wise import ParameterWise
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic; steepest at zero, so it ends near 1 and not at 1
 
@@ -45,7 +47,7 @@ def shape_factor(rows: int, columns: int, adjust_lr_fn: str) -> float:
     return math.sqrt(max(1, rows / columns)) if adjust_lr_fn == "original" else 0.2 * math.sqrt(max(rows, columns))
 
 
-class StackedMuon(torch.optim.Optimizer):
+class StackedMuon(ParameterWise):
     """torch.optim.Muon for parameters of shape [..., stack * m, n] that are many m x n matrices, each orthogonalised on its own.
 
     Knobs are torch.optim.Muon's. `stack` (of a group) is the number of matrices that lie one below the other in the last two
@@ -69,19 +71,7 @@ class StackedMuon(torch.optim.Optimizer):
         knobs = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov, "eps": eps}
         super().__init__(params, {**knobs, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn, "stack": stack})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group)
-        return loss
-
-    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def step_of(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)

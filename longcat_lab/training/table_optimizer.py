@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longcat_lab.config import OptimizerConfig
+from longcat_lab.training.parameter_wise import ParameterWise
 
 
 def merge(gradient: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def hit_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return (rows, values) if hit.all() else (rows[hit], values[hit])
 
 
-class TableOptimizer(torch.optim.Optimizer):
+class TableOptimizer(ParameterWise):
     """One of three rules for the rows that are hit; t is the number of steps in which the table had a gradient.
 
     lazy_adam: Adam; the moments of other rows stay. m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2,
@@ -83,19 +84,7 @@ class TableOptimizer(torch.optim.Optimizer):
         self.update: Callable[..., None] = {"lazy_adam": _lazy_adam, "row_wise": _row_wise, "sgd": _sgd}[mode]
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for table in group["params"]:
-                if table.grad is not None:
-                    self._step(table, group)
-        return loss
-
-    def _step(self, table: Tensor, group: dict[str, Any]) -> None:
+    def step_of(self, table: Tensor, group: dict[str, Any]) -> None:
         rows, gradient = hit_rows(table.grad)
         values = table.index_select(0, rows)
         if group["weight_decay"]:
