@@ -12,8 +12,11 @@ from torch import nn
 from longcat_lab.blocks.table import Table
 from longcat_lab.errors import LabError
 
-CGROUPS = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),)
-CGROUPS += (("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),)
+# Of a container, in the second and the first form of control groups: folder, limit, use, and what of the use is file cache that can go.
+CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+)
 
 
 def free_memory() -> int:
@@ -24,12 +27,20 @@ def free_memory() -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))  # counts caches that can go
     except (OSError, StopIteration, ValueError):
         pass
-    for limit, used in CGROUPS:
+    return max(min([free, *_container_limits()]), 0)
+
+
+def _container_limits() -> list[int]:
+    """What each control group leaves, in bytes."""
+    found = []
+    for folder, limit, used, cached in CGROUPS:
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            numbers = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
+            cache = sum(int(numbers.get(name, 0)) for name in cached)
+            found.append(int((Path(folder) / limit).read_text()) - int((Path(folder) / used).read_text()) + cache)
         except (OSError, ValueError):  # no such group, or its limit is `max`
             continue
-    return max(free, 0)
+    return found
 
 
 def check_memory(

@@ -31,6 +31,15 @@ def test_free_memory_is_some():
     assert 10**8 < free_memory() < 2**50
 
 
+def test_a_containers_limit_counts_its_file_cache_as_free(tmp_path, monkeypatch):
+    for name, text in (("memory.max", "900"), ("memory.current", "700"), ("memory.stat", "anon 300\ninactive_file 150\nactive_file 50\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("longcat_lab.model.memory.CGROUPS", ((tmp_path, "memory.max", "memory.current", ("inactive_file", "active_file")),))
+    assert free_memory() == 900 - 700 + 200
+    (tmp_path / "memory.max").write_text("max")
+    assert free_memory() > 10**8
+
+
 def test_tables_are_named_with_what_would_fit():
     """4 M rows of 8 in fp32 with gradient and two moments: 512 MB, and the share that fits leaves a tenth for activations."""
     said = refused(*NGRAM)
