@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longcat_lab.blocks import Cache
+from longcat_lab.blocks.token_embedding.module import check_tokens
 
 
 @contextlib.contextmanager
@@ -45,7 +46,11 @@ def generate(
 
     Returns:
         int64 [T + at most count].
+
+    Raises:
+        LabError: a token is outside the vocabulary.
     """
+    check_tokens(tokens, model.config.vocab_size)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     window = model.config.max_position_embeddings
     cache = Cache() if cached and len(tokens) <= window else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longcat_lab.blocks import Cache
+from longcat_lab.blocks.token_embedding.module import check_tokens
 from longcat_lab.errors import LabError
 from longcat_lab.model.generate import evaluating
 
@@ -76,7 +77,8 @@ def speculate(model: torch.nn.Module, tokens: Tensor, count: int, stop: int | No
         stop: a token that ends the text (it is kept).
 
     Raises:
-        LabError: the model has no prediction steps, or the text would not fit into its window.
+        LabError: the model has no prediction steps, or the text would not fit into its window, or a token is outside the
+            vocabulary.
     """
     if model.mtp is None:
         raise LabError("speculate: this model has no prediction steps; set model.mtp.num_nextn_predict_layers and train it.")
@@ -85,6 +87,7 @@ def speculate(model: torch.nn.Module, tokens: Tensor, count: int, stop: int | No
             f"speculate: {len(tokens)} + {count} tokens are more than model.max_position_embeddings "
             f"{model.config.max_position_embeddings}; ask for fewer."
         )
+    check_tokens(tokens, model.config.vocab_size)
     if count < 1:
         steps = model.config.mtp.num_nextn_predict_layers
         return Speculation(tokens, 0, 0, [0] * steps, [0] * steps)
