@@ -90,7 +90,7 @@ def tables_needed(settings: HashSettings, vocab_size: int, order: int) -> int:
     Of an exclusive or, and of bases drawn for each table, no number of tables is known to tell all apart: for them it is `joint_bound`.
     """
     plan = settings.plan(vocab_size)
-    bound = joint_bound(plan, order)[0]
+    bound = joint_bound(plan, order)
     if plan.base is None:
         return bound
     for splits in range(bound, bound + FURTHER):

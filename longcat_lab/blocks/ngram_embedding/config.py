@@ -58,10 +58,6 @@ class NgramEmbeddingConfig(HashSettings):
         factor = amplified / own if self.normalised_init == "scale" else amplified
         return factor * a, factor * b, amplified * own if self.normalised_init == "rows" else 1.0
 
-    @property
-    def projections(self) -> int:
-        return len(self.injection_layers)
-
     def check(self, shape: ModelShape) -> None:
         super().check(shape)
         a, b = self.scales
@@ -78,7 +74,7 @@ class NgramEmbeddingConfig(HashSettings):
         projection = Budget.of_weights(shape.hidden_size * self.tables * self.width(shape))
         gain = Budget(params=shape.hidden_size if self.amplifier == "layer_norm" and 0 in self.injection_layers else 0)
         gain = Budget(gain.params, gain.params)
-        return Budget(params=self.table_params(shape)) + self.projections * projection + gain
+        return Budget(params=self.table_params(shape)) + len(self.injection_layers) * projection + gain
 
     def build(self, shape: ModelShape, std: float) -> NgramEmbedding:
         """`std`: RMS that the output starts with."""

@@ -201,11 +201,11 @@ def ngram_rows(lags: list[Tensor], weights: Tensor, moduli: Tensor, splits: int,
     return total.remainder_(moduli)
 
 
-def joint_bound(plan: HashPlan, order: int) -> tuple[int, float]:
-    """Fewest tables of `order` that together have an address for every n-gram, and log2 of the joint addresses of the plan's own.
+def joint_bound(plan: HashPlan, order: int) -> int:
+    """ceil(n log b / log M): fewest tables of `order` that together have an address for every n-gram, sizes without common factors.
 
     By the Chinese remainder theorem the rows of K tables tell all n-grams apart iff lcm(M_1 ... M_K) >= b^n, for a polynomial in a base b
-    above every id. The first number assumes sizes without common factors: ceil(n log b / log M); `advise.tables_needed` does not.
+    above every id (without one base, b is V). `advise.tables_needed` takes the factors that sizes share into account.
     """
-    own = [m for m, n in zip(plan.moduli, plan.orders, strict=True) if n == order]
-    return math.ceil(order * math.log(plan.base or plan.vocab_size) / math.log(max(own[0], 2))), math.log2(math.lcm(*own))
+    rows = next(m for m, n in zip(plan.moduli, plan.orders, strict=True) if n == order)
+    return math.ceil(order * math.log(plan.base or plan.vocab_size) / math.log(max(rows, 2)))
