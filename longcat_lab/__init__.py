@@ -8,6 +8,7 @@ run = lab.fit(cfg)
 """
 
 from longcat_lab.blocks import Block, BlockConfig, Budget, kinds, register
+from longcat_lab.blocks.sparse_attention.selection import Selection
 from longcat_lab.budget import activated, budget
 from longcat_lab.config import ConfigError, RunConfig, apply, load, presets
 from longcat_lab.errors import LabError
@@ -25,6 +26,7 @@ __all__ = [
     "LongcatLM",
     "Run",
     "RunConfig",
+    "Selection",
     "activated",
     "apply",
     "budget",

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from longcat_lab.ablation.report import render
     from longcat_lab.ablation.rooms import Rooms
     from longcat_lab.ablation.runner import run
-    from longcat_lab.ablation.spec import Ablation, Claim, Match, Vanishes, read
+    from longcat_lab.ablation.spec import Ablation, Claim, Evaluation, Match, Vanishes, read
     from longcat_lab.ablation.statistics import Contrast, Summary, Verdict, contrast, judge, noise, summary
     from longcat_lab.ablation.store import Sweep, load_results, read_sweep
 
 _HOME = {
-    "spec": ("Ablation", "Claim", "Match", "Vanishes", "read"),
+    "spec": ("Ablation", "Claim", "Evaluation", "Match", "Vanishes", "read"),
     "match": ("Solution", "solve"),
     "jobs": ("Job", "plan"),
     "rooms": ("Rooms",),
@@ -38,6 +38,7 @@ __all__ = [
     "Ablation",
     "Claim",
     "Contrast",
+    "Evaluation",
     "Executor",
     "Handle",
     "Job",

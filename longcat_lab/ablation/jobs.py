@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import store
+from longcat_lab.ablation import evaluated, store
 from longcat_lab.ablation.match import Solution
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.spec import Ablation
@@ -25,6 +25,7 @@ class Job:
         identity: hash of configuration, data and code; a finished job with this identity is not run again.
         folder: where everything of this job lives.
         notebook: the notebook that runs it.
+        arms: arms that are evaluated from it -> totals of their configurations.
     """
 
     sweep: str
@@ -35,6 +36,7 @@ class Job:
     totals: dict[str, float]
     folder: Path
     notebook: Path
+    arms: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -55,6 +57,7 @@ class Job:
             "seed": self.seed,
             "sweep": self.sweep,
             "job": {"notebook": str(self.notebook)},
+            **({"arms": self.arms} if self.arms else {}),
         }
 
 
@@ -73,7 +76,8 @@ def plan(ablation: Ablation, solution: Solution, folder: Path, notebook: Path, r
     jobs = []
     for (variant, seed), config in cells(ablation, solution, rooms).items():
         home, identity = store.job_folder(folder, variant, seed), rooms.identity(config)
-        jobs.append(Job(ablation.name, variant, seed, config, identity, solution.totals[variant], home, notebook))
+        arms = {name: solution.totals[name] for name in evaluated.arms_of(ablation, variant)}
+        jobs.append(Job(ablation.name, variant, seed, config, identity, solution.totals[variant], home, notebook, arms))
     return jobs
 
 
@@ -82,7 +86,7 @@ def unmeasured(ablation: Ablation, job: Job, measured: Collection[str]) -> str |
     wanted = [("metric", ablation.metric), *(("also", name) for name in ablation.also)]
     if ablation.vanishes:
         wanted.append(("vanishes.metric", ablation.vanishes.metric))
-    known = [name for name in measured if name not in ("variant", "seed", "status", "reason", "identity")]
+    known = [name for name in measured if name not in ("variant", "seed", "status", "reason", "identity") and "/" not in name]
     for place, name in wanted:
         if name not in known:
             hint = nearest(name, known)

@@ -4,9 +4,10 @@ each by moving one whole-number setting of one variant (bisection on a total tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from longcat_lab.ablation import evaluated
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.spec import Ablation, Match
 from longcat_lab.errors import LabError
@@ -26,19 +27,21 @@ class Solution:
     Attributes:
         configs: variant -> configuration with the solved settings.
         moved: variant -> {dotted setting: solved value}, only settings that were free.
-        totals: variant -> {quantity: total}.
+        totals: variant, or arm that is evaluated from one -> {quantity: total}.
+        evaluated: arm that is evaluated from a variant -> the configuration that it is evaluated with.
     """
 
     configs: dict[str, Any]
     moved: dict[str, dict[str, int]]
     totals: dict[str, dict[str, float]]
+    evaluated: dict[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per variant: its totals, and what was moved to get there."""
+        """One row per arm: its totals, and what was moved to get there."""
         import pandas as pd
 
-        rows = {name: {**totals, "moved": _said(self.moved[name])} for name, totals in self.totals.items()}
+        rows = {name: {**totals, "moved": _said(self.moved.get(name, {}))} for name, totals in self.totals.items()}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
 
 
@@ -93,7 +96,9 @@ def solve(ablation: Ablation, rooms: Rooms | None = None) -> Solution:
     totals = {name: dict(rooms.totals(config)) for name, config in configs.items()}
     for number, rule in enumerate(ablation.match, 1):
         _hold(number, rule, ablation, totals, moved)
-    return Solution(configs, moved, totals)
+    others = evaluated.configurations(ablation, configs, rooms)
+    totals |= {name: dict(rooms.totals(config)) for name, config in others.items()}
+    return Solution(evaluated.asked(ablation, configs, rooms), moved, totals, others)
 
 
 def _hold(number: int, rule: Match, ablation: Ablation, totals: dict[str, dict[str, float]], moved: dict[str, dict[str, int]]) -> None:

@@ -42,6 +42,12 @@ def _prepare(config: Any, progress: Callable[..., None]) -> None:
     prepare(config.data, config.model.vocab_size, progress=progress)
 
 
+def _check_evaluations(config: Any) -> None:
+    from longcat_lab.training.evaluation_arms import check
+
+    check(config)
+
+
 @dataclass(frozen=True)
 class Rooms:
     """The functions of other rooms that a sweep calls. The defaults are the real ones.
@@ -53,6 +59,7 @@ class Rooms:
         identity: configuration -> hash of resolved configuration, data and code.
         data_key: configurations with equal keys share one prepared corpus.
         prepare: makes that corpus, calling `progress` now and then.
+        check_evaluations: raises `LabError` where `training.evaluations` needs weights that are not trained.
     """
 
     load: Callable[[str], Any] = _load
@@ -61,3 +68,4 @@ class Rooms:
     identity: Callable[[Any], str] = _identity
     data_key: Callable[[Any], str] = _data_key
     prepare: Callable[[Any, Callable[..., None]], None] = _prepare
+    check_evaluations: Callable[[Any], None] = _check_evaluations

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longcat_lab.ablation import evaluated, match, spec, store, superseded
 from longcat_lab.ablation import executor as executors
 from longcat_lab.ablation import jobs as job_plan
-from longcat_lab.ablation import match, spec, store, superseded
 from longcat_lab.ablation.hold import held
 from longcat_lab.ablation.jobs import Job
 from longcat_lab.ablation.outcome import JobsFailed, LabInterrupted
 from longcat_lab.ablation.rooms import Rooms
-from longcat_lab.ablation.table import Cell, Display
+from longcat_lab.ablation.table import Cell, Display, short_count
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json
 
@@ -60,6 +60,7 @@ def run(
     ablation = spec.read(ablation_path, overrides)
     notebook = job_plan.find_notebook(ablation, ablation_path)
     solution = match.solve(ablation, rooms)
+    evaluated.check(ablation, solution, rooms)
     executors.check(executor)
     folder = Path(out) if out is not None else Path("runs") / ablation.name
     again = shlex.join(["longcat-lab", "run", str(ablation_path), *(["--out", str(out)] if out is not None else []), *overrides])
@@ -278,7 +279,7 @@ class _Driver:
     # ---- what is said and written
 
     def _write(self) -> None:
-        store.write_results(self.folder, self.rows.values())
+        store.write_results(self.folder, (each for job, row in self.rows.items() for each in evaluated.rows(row, job.arms)))
 
     def _show(self, job: Job) -> None:
         row, cell = self.rows[job], self.cells[job.variant, job.seed]
@@ -291,7 +292,3 @@ class _Driver:
 
         for line in statistics.summary(store.load_results(self.folder), self.ablation).lines:
             self.display.say(line)
-
-
-def short_count(said: Any) -> str:
-    return f"{said:,}" if isinstance(said, int) else str(said)

@@ -33,8 +33,15 @@ class Match(Node):
 class Claim(Node):
     """A directional contrast, paired by seed."""
 
-    better: str = Field(description="the variant that is claimed to have the lower primary metric")
-    than: str = Field(description="the variant that it is compared with")
+    better: str = Field(description="the arm that is claimed to have the lower primary metric")
+    than: str = Field(description="the arm that it is compared with")
+
+
+class Evaluation(Node):
+    """An arm that is not trained: the weights of a trained variant, evaluated with other settings of the model."""
+
+    of: str = Field(description="the variant whose trained weights are evaluated")
+    set: dict[str, Any] = Field(description="dotted overrides of settings of the model; {} evaluates it as it was trained")
 
 
 class Vanishes(Node):
@@ -54,6 +61,9 @@ class Ablation(Node):
     set: dict[str, Any] = Field(default_factory=dict, description="dotted overrides for every variant")
     baseline: str = Field(description="the variant that the others are a change of")
     variants: dict[Name, dict[str, Any]] = Field(min_length=1, description="variant name -> dotted overrides; one change per arm")
+    evaluate: dict[Name, Evaluation] = Field(
+        default_factory=dict, description="arms that are not trained: a trained variant evaluated with other settings; claims may name them"
+    )
     seeds: list[int] = Field(min_length=1, description="paired seeds, below 2**31; a claim needs at least 3")
     match: list[Match] = Field(default_factory=list, description="what is held equal between variants")
     metric: Name = Field(default="validation_bpb", description="primary metric; lower is better")
@@ -63,8 +73,13 @@ class Ablation(Node):
     vanishes: Vanishes | None = Field(default=None, description="where the effect should vanish")
     tuned: str = Field(default="", description="what was tuned on which arm, and on which other seeds")
     notebook: str | None = Field(default=None, description="the notebook that runs one job; notebooks/run.ipynb when left out")
-    solved: dict[str, Any] = Field(default_factory=dict, description="written by the runner: moved settings and totals per variant")
+    solved: dict[str, Any] = Field(default_factory=dict, description="written by the runner: moved settings and totals per arm")
     changes: list[str] = Field(default_factory=list, description="written by the runner: what was edited after jobs had finished")
+
+    @property
+    def arms(self) -> list[str]:
+        """Every arm that has results: the variants, then what is evaluated from them."""
+        return [*self.variants, *self.evaluate]
 
 
 def read(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Ablation:
@@ -117,16 +132,31 @@ def _place(base: str, question: Path) -> str:
 
 def _check(a: Ablation, where: str) -> None:
     """What the schema alone cannot see: names that must be variants, seeds, rules that fight."""
-    known = list(a.variants)
 
     def variant(name: str, place: str) -> None:
+        if name in a.evaluate:
+            raise LabError(f"{where}: {place} names '{name}', which is evaluated and not trained; name a variant.")
         if name not in a.variants:
-            raise LabError(f"{where}: {place} names '{name}', which is not a variant{nearest(name, known)}")
+            raise LabError(f"{where}: {place} names '{name}', which is not a variant{nearest(name, list(a.variants))}")
+
+    def arm(name: str, place: str) -> None:
+        if name not in a.evaluate and name not in a.variants:
+            what = "not a variant" if not a.evaluate else "no variant and not in 'evaluate'"
+            raise LabError(f"{where}: {place} names '{name}', which is {what}{nearest(name, a.arms)}")
 
     variant(a.baseline, "'baseline'")
+    for name, evaluation in a.evaluate.items():
+        if name in a.variants:
+            raise LabError(f"{where}: '{name}' is in 'variants' and in 'evaluate'; give one of them another name.")
+        variant(evaluation.of, f"evaluate.{name} ('of')")
+        for key in evaluation.set:
+            if not key.startswith("model."):
+                raise LabError(
+                    f"{where}: evaluate.{name} sets '{key}', but only settings of the model (model....) can change after training."
+                )
     for i, claim in enumerate(a.claims, 1):
-        variant(claim.better, f"claim {i} ('better')")
-        variant(claim.than, f"claim {i} ('than')")
+        arm(claim.better, f"claim {i} ('better')")
+        arm(claim.than, f"claim {i} ('than')")
         if claim.better == claim.than:
             raise LabError(f"{where}: claim {i} compares '{claim.better}' with itself.")
     if len({(c.better, c.than) for c in a.claims}) != len(a.claims):

@@ -240,7 +240,7 @@ def summary(results: pd.DataFrame, ablation: Ablation) -> Summary:
     """Verdicts, secondary metrics, the control where the effect should vanish, and what a reader must know about the rest."""
     pairs = ablation.claims
     claimed = {name for pair in pairs for name in (pair.better, pair.than)}
-    unclaimed = [(name, ablation.baseline) for name in ablation.variants if name not in {*claimed, ablation.baseline}]
+    unclaimed = [(name, ablation.baseline) for name in ablation.arms if name not in {*claimed, ablation.baseline}]
     # An arm of no claim stands beside the baseline, in the primary metric too.
     wanted = [(metric, pair.better, pair.than) for metric in ablation.also for pair in pairs]
     wanted += [(metric, *pair) for metric in (ablation.metric, *ablation.also) for pair in unclaimed]
@@ -250,9 +250,10 @@ def summary(results: pd.DataFrame, ablation: Ablation) -> Summary:
         there = [contrast(results, pair.better, pair.than, control.metric) for pair in pairs]
         vanishing = [_vanished(c, control.where, ablation.smallest_effect) for c in there]
     notes = []
-    counts: dict[Any, int] = results["status"].value_counts().to_dict()
-    if counts.get("finished", 0) != len(results):
-        notes.append(f"Of {len(results)} jobs, " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) + ".")
+    jobs = results[results["variant"].isin(list(ablation.variants))]  # an arm that is evaluated from one of them has no job
+    counts: dict[Any, int] = jobs["status"].value_counts().to_dict()
+    if counts.get("finished", 0) != len(jobs):
+        notes.append(f"Of {len(jobs)} jobs, " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) + ".")
     return Summary(judge(results, ablation), [s for s in secondary if s], [s for s in vanishing if s], notes)
 
 

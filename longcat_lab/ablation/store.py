@@ -3,7 +3,7 @@
 FOLDER/ablation.yaml                      the resolved question
 FOLDER/jobs/VARIANT/seed-S/run.json       the truth about one job
 FOLDER/superseded/IDENTITY/VARIANT/seed-S finished jobs that a change has replaced; see `superseded`
-FOLDER/results.parquet                    one row per job
+FOLDER/results.parquet                    one row per job, and one per arm that is evaluated from it
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longcat_lab.ablation import evaluated
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_whole
 
@@ -44,7 +45,7 @@ def write_question(folder: Path, ablation: Ablation, solution: Solution) -> None
     """ablation.yaml: the question with what was solved, itself a valid question file; says when it was edited after answers were there."""
     from longcat_lab.config.yaml import write_yaml
 
-    solved = {name: {"moved": solution.moved[name], "totals": solution.totals[name]} for name in solution.configs}
+    solved = {name: {"moved": solution.moved.get(name, {}), "totals": totals} for name, totals in solution.totals.items()}
     settled = {name: {**overrides, **solution.moved[name]} for name, overrides in ablation.variants.items()}
     now = stated(ablation.model_copy(update={"variants": settled, "solved": solved, "changes": []}).to_dict())
     if (folder / "ablation.yaml").is_file():
@@ -186,7 +187,7 @@ def is_free(folder: Path) -> bool:
 
 
 def result_row(run: dict[str, Any] | None, variant: str, seed: int, identity: str) -> dict[str, Any]:
-    """One row of results.parquet for the job that is meant by `identity`."""
+    """Status and numbers of the job that is meant by `identity`, those of the arms that are evaluated from it (`ARM/METRIC`) included."""
     row = {"variant": variant, "seed": seed, "status": "planned", "reason": "", "identity": identity, "seconds": None}
     if run is None:
         return row
@@ -211,13 +212,15 @@ def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(list(rows))
     frame = frame.reindex(columns=first + [column for column in frame.columns if column not in first])
     for column in frame.columns[5:]:
-        frame[column] = frame[column].fillna("") if column == "not_engaged" else pd.to_numeric(frame[column])
+        text = column in ("not_engaged", evaluated.FROM)
+        frame[column] = frame[column].fillna("") if text else pd.to_numeric(frame[column])
     return frame
 
 
 def load_results(folder: str | Path) -> pd.DataFrame:
     """One row per planned job: variant, seed, status, reason, identity, seconds, totals and final metrics (NaN where there is none).
 
+    An arm that is evaluated from a trained variant has rows too: `evaluated_from` is then that variant, status and reason are its job's.
     Jobs that ended after the table was last written (the driver was killed) are read from their own run.json.
 
     Raises:
@@ -231,11 +234,15 @@ def load_results(folder: str | Path) -> pd.DataFrame:
         raise LabError(f"There is no sweep in {folder}: it has no results.parquet.")
     rows = []
     for row in pd.read_parquet(path).to_dict("records"):
-        run = read_run(job_folder(folder, row["variant"], row["seed"]))
+        variant = row.get(evaluated.FROM) or row["variant"]
+        run = read_run(job_folder(folder, variant, row["seed"]))
         same = run is not None and run.get("identity") == row["identity"]
         # A job that could not even start has its reason in the table only.
         kept = row["status"] == "failed" and (not same or run.get("status") not in DONE)
-        rows.append(result_row(run, row["variant"], row["seed"], row["identity"]) if same and not kept else row)
+        if same and not kept:
+            parts = evaluated.rows(result_row(run, variant, row["seed"], row["identity"]), run.get("arms") or {})
+            row = next((part for part in parts if part["variant"] == row["variant"]), row)
+        rows.append(row)
     return _frame(rows)
 
 

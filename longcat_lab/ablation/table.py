@@ -83,6 +83,11 @@ def short(value: float | None) -> str:
     return f"{value:.0f}"
 
 
+def short_count(said: Any) -> str:
+    """What data preparation says of itself: numbers with their thousands apart, anything else as it is."""
+    return f"{said:,}" if isinstance(said, int) else str(said)
+
+
 class Display:
     """Shows the jobs' cells; `with` it open, call `update` as often as you like."""
 

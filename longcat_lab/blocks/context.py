@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class ForwardContext:
     """One forward pass, as layers see it.
 
     rope: cosines and sines of the positions, each [T, rope width / 2].
-    mask: bool [B or 1, 1, T, S], True where visible, S = tokens in the cache + T; None is plain causal with S = T.
+    first: int64 [B, T], the first of the S keys (S = tokens in the cache + T) that each query may see, where its document starts; it
+        sees all from there up to itself. None: key 0, one document a row.
     padding: bool [B, T], True where there is no token; None where all are tokens.
     share: the part of the global batch's tokens that this pass holds: what its mean auxiliary losses weigh in the step's loss.
     cache: the decoding cache, or None.
@@ -58,10 +60,11 @@ class ForwardContext:
     history: int64 [B, h], tokens before these in the same document, while decoding.
     embedded: the embedding's output [B, T, H], as it entered the residual stream.
     shared: notes that layers leave for later layers of the same pass.
+    step, steps: number of the prediction step that runs (1 ... steps); 0 in the trunk.
     """
 
     rope: tuple[Tensor, Tensor]
-    mask: Tensor | None = None
+    first: Tensor | None = None
     padding: Tensor | None = None
     share: float = 1.0
     cache: Cache | None = None
@@ -70,6 +73,41 @@ class ForwardContext:
     history: Tensor | None = None
     embedded: Tensor | None = None
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+    step: int = 0
+    steps: int = 0
+
+    @functools.cached_property
+    def mask(self) -> Tensor | None:
+        """bool [B or 1, 1, T, S], True where visible; None is plain causal with S = T. Made when the first attention asks: it is O(T S)."""
+        queries, device = len(self.rope[0]), self.rope[0].device
+        keys = queries + (self.cache.length if self.cache is not None else 0)
+        if self.first is None and keys == queries:
+            return None
+        return visible_keys(self.first, queries, keys, device)[:, None]
+
+
+def visible_keys(first: Tensor | None, queries: int, keys: int, device: torch.device, begin: int = 0, end: int | None = None) -> Tensor:
+    """Which keys the queries `begin` ... `end` - 1 see: from their document's start up to themselves.
+
+    Args:
+        first: int [B, T], the first key of each query's document; None: key 0 for all.
+        queries: T; keys: S. Query t stands at key S - T + t.
+
+    Returns:
+        bool [B or 1, end - begin, S].
+    """
+    end = queries if end is None else end
+    key = torch.arange(keys, device=device)
+    seen = key <= torch.arange(keys - queries + begin, keys - queries + end, device=device)[:, None]
+    return seen[None] if first is None else seen & (key >= first[:, begin:end, None])
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """The position at which each token's document starts. document_ids [B, T], equal inside a document; int64 [B, T]."""
+    position = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return position.masked_fill(~begins, 0).cummax(1).values
 
 
 def feed_forward(network: nn.Module, x: Tensor, context: ForwardContext) -> Tensor:

@@ -95,8 +95,8 @@ class BlockConfig(Node):
 class Block(nn.Module):
     """Base of the blocks' modules: what the model's initialisation, the optimizer and the logs may ask of a module.
 
-    roles: parameter name (relative to this module) to what the optimizer takes it for: `embedding`, `table`, `router` or `head`. Others are
-        `matrix` (two or more dimensions) or `vector`.
+    roles: parameter name (relative to this module) to what the optimizer takes it for: `embedding`, `table`, `router`, `indexer` or
+        `head`. Others are `matrix` (two or more dimensions) or `vector`.
     stacks: parameter name (relative) to the number of matrices that lie one below the other in it (gate and up rows: 2).
     initial_std: parameter name (relative) to the standard deviation it starts with, where the model's own does not serve.
     initial_value: parameter name (relative) to the one value it starts with everywhere (vectors without one start as ones).

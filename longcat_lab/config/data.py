@@ -68,6 +68,126 @@ class HuggingFace(Node):
 Source = Annotated[PythonPackages | Files | HuggingFace, Field(discriminator="kind")]
 
 
+class ProbeConfig(Node):
+    """What all probe tasks share: a sequence tells something, and later asks for it. What is told is new in each sequence."""
+
+    share: float = Field(1.0, gt=0, le=1, description="Share of the training sequences that are probes; the others are ordinary text.")
+    scored: Literal["answers", "all"] = Field("answers", description="Labels of a probe that are trained on: the answers, or every token.")
+    filler: Literal["text", "random", "blank"] = Field(
+        "text", description="Tokens around what is told: text of the source, random tokens that tell nothing, or one token again and again."
+    )
+    evaluation_episodes: int = Field(256, ge=1, description="Probes of each length that the model is tested on, always the same ones.")
+    evaluation_lengths: list[int] | None = Field(
+        None, min_length=1, description="Lengths of these probes, in tokens; none means data.sequence_length alone."
+    )
+    far: int | None = Field(
+        None, ge=1, description="Answers told at least this many tokens before they are asked for are counted apart (probe_error_far)."
+    )
+
+    def shortest(self) -> int:
+        """Tokens of the shortest sequence that the task fits into."""
+        raise NotImplementedError
+
+    def ids(self) -> int:
+        """Token ids that the task keeps for itself, besides the ones that mark places."""
+        raise NotImplementedError
+
+
+class Recall(ProbeConfig):
+    """Multi-query associative recall: pairs of a key and a value, then some of the keys, each to be followed by its value."""
+
+    kind: Literal["recall"] = Field("recall", description="Probe: pairs of tokens, then keys whose values are asked for.")
+    filler: Literal["text", "random", "blank"] = Field("blank", description="Tokens around the pairs, where a sequence has room for any.")
+    pairs: int = Field(8, ge=1, description="Pairs of a key and a value in a sequence; its keys differ.")
+    queries: int = Field(8, ge=1, description="Keys that are asked for at the end of the sequence; at most the pairs.")
+    key_tokens: int = Field(64, ge=1, description="Token ids that keys are drawn from.")
+    value_tokens: int = Field(64, ge=2, description="Token ids that values are drawn from; chance is 1 / value_tokens.")
+    places: Literal["random", "front"] = Field("random", description="Where the pairs stand before the queries: anywhere, or all in front.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recall:
+        if self.queries > self.pairs:
+            raise ValueError(f"queries {self.queries} is above pairs {self.pairs}: each key is asked for once at most")
+        if self.pairs > self.key_tokens:
+            raise ValueError(f"pairs {self.pairs} is above key_tokens {self.key_tokens}: the keys of a sequence differ, raise key_tokens")
+        return self
+
+    def shortest(self) -> int:
+        return 2 * (self.pairs + self.queries) - 1  # the last value is a label alone
+
+    def ids(self) -> int:
+        return self.key_tokens + self.value_tokens
+
+
+class Needle(ProbeConfig):
+    """A needle in text: a mark, a key and a value somewhere; at the end the mark and the key again, and the value is asked for."""
+
+    kind: Literal["needle"] = Field("needle", description="Probe: one key with its value in text, asked for at the end.")
+    key_length: int = Field(1, ge=1, description="Tokens of a key.")
+    value_length: int = Field(1, ge=1, description="Tokens of a value; an answer is right when all of them are.")
+    key_tokens: int = Field(64, ge=1, description="Token ids that keys are drawn from.")
+    value_tokens: int = Field(64, ge=2, description="Token ids that values are drawn from; chance is value_tokens ** -value_length.")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a needle, and of the question with its answer."""
+        return 1 + self.key_length + self.value_length
+
+    @property
+    def others(self) -> int:
+        """Needles that are not asked for."""
+        return 0
+
+    def shortest(self) -> int:
+        # Two needles more than there are: wherever the one that is asked for stands, the others find room on its two sides.
+        return self.length * (2 + (self.others and self.others + 1)) - 1
+
+    def ids(self) -> int:
+        return self.key_tokens + self.value_tokens
+
+
+class MultiKey(Needle):
+    """As `needle`, among needles of other keys."""
+
+    kind: Literal["multi_key"] = Field("multi_key", description="Probe: several keys with their values in text, one is asked for.")
+    needles: int = Field(4, ge=1, description="Needles of other keys, which are not asked for.")
+
+    @property
+    def others(self) -> int:
+        return self.needles
+
+    @model_validator(mode="after")
+    def _possible(self) -> MultiKey:
+        if self.key_tokens**self.key_length <= self.needles:
+            raise ValueError(
+                f"key_tokens {self.key_tokens} with key_length {self.key_length} gives too few keys for {self.needles + 1} needles: raise one"
+            )
+        return self
+
+
+class Copy(ProbeConfig):
+    """A marked string of random tokens somewhere; at the end the mark again, and the string is asked for."""
+
+    kind: Literal["copy"] = Field("copy", description="Probe: a string of random tokens that is to be repeated at the end.")
+    string_length: int = Field(16, ge=1, description="Tokens of the string; none of them twice.")
+    string_tokens: int = Field(64, ge=2, description="Token ids that the string is drawn from.")
+    distance: int = Field(1, ge=1, description="Fewest tokens from an answer's query back to the token it repeats (never below string_length).")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Copy:
+        if self.string_length > self.string_tokens:
+            raise ValueError(
+                f"string_length {self.string_length} is above string_tokens {self.string_tokens}: no token is there twice, raise string_tokens"
+            )
+        return self
+
+    def shortest(self) -> int:
+        return self.string_length + 1 + max(self.distance, self.string_length)
+
+    def ids(self) -> int:
+        return self.string_tokens
+
+
 class DataConfig(Node):
     """Text, how much of it, and the batches made of it. The vocabulary size belongs to the model (`model.vocab_size`)."""
 
@@ -81,3 +201,22 @@ class DataConfig(Node):
     )
     tokenizer_bytes: int = Field(4_000_000, ge=1, description="Most bytes of training text that the tokenizer is learned from.")
     seed: int = Field(0, ge=0, lt=2**31, description="Order of the training sequences; separate from the model's seed: variants share it.")
+    probe: Recall | Needle | MultiKey | Copy | None = Field(
+        None, discriminator="kind", description="Probe task in the place of some or all of the text; none trains on text alone."
+    )
+
+    def probe_lengths(self) -> list[int]:
+        """Lengths that a probe is evaluated at, in tokens."""
+        return [] if self.probe is None else (self.probe.evaluation_lengths or [self.sequence_length])
+
+    @model_validator(mode="after")
+    def _probe_fits(self) -> DataConfig:
+        for name, length in [("sequence_length", self.sequence_length), *(("probe.evaluation_lengths", n) for n in self.probe_lengths())]:
+            if self.probe is not None and length < self.probe.shortest():
+                raise ValueError(
+                    f"{name} {length} is too short for this {self.probe.kind} probe, which needs {self.probe.shortest()} tokens: "
+                    f"lengthen it or make the probe smaller"
+                )
+        if self.probe is not None and self.probe.far is not None and self.probe.far > max(self.probe_lengths()):
+            raise ValueError(f"probe.far {self.probe.far} is above the longest probe ({max(self.probe_lengths())} tokens): lower it")
+        return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,7 @@ class OptimizerConfig(Node):
     embedding_lr_multiplier: float = Field(1.0, ge=0, description="times learning_rate, for token embeddings")
     table_lr_multiplier: float = Field(1.0, ge=0, description="times learning_rate, for n-gram tables")
     muon_lr_multiplier: float = Field(1.0, ge=0, description="times learning_rate, for what Muon trains")
+    index_lr_multiplier: float = Field(1.0, ge=0, description="times learning_rate, for lightning indexers, which AdamW trains")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW")
     eps: float = Field(1e-16, gt=0, description="AdamW; LongCat-Flash trains with 1e-16")
@@ -48,9 +49,9 @@ class OptimizerConfig(Node):
     )
     clip_norm: float = Field(1.0, gt=0, description="largest L2 norm of the gradient of everything but `clip_without`")
     clip_without: list[str] = Field(
-        ["table"],
-        description="roles (table, embedding, matrix, head, router, vector) or patterns of parameter names (such as *.tables.*) that are "
-        "left out of the gradient's norm and not clipped; []: nothing is",
+        ["table", "indexer"],
+        description="roles (table, indexer, embedding, matrix, head, router, vector) or patterns of parameter names (such as *.tables.*) "
+        "that are left out of the gradient's norm and not clipped; []: nothing is",
     )
 
 
@@ -71,6 +72,19 @@ class GrowthConfig(Node):
     moments: Literal["stacked", "fresh"] = Field("stacked", description="the optimizer's state of the copies: copied too, or empty")
 
 
+class ConversionConfig(Node):
+    """From dense to sparse attention within the run: `dense_steps`, then `warmup_steps` of the indexers alone, then sparse to the end."""
+
+    dense_steps: int = Field(ge=0, description="optimizer steps with dense attention; the indexers do not learn")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="optimizer steps in which the indexers learn from dense attention and everything else is frozen; they count in "
+        "`steps`, read batches of their own, and the learning rate's schedule stands still",
+    )
+    warmup_learning_rate: float = Field(1e-3, gt=0, description="of the indexers in the warm-up, constant; DeepSeek-V3.2: 1e-3")
+
+
 class TrainingConfig(Node):
     """The loop."""
 
@@ -82,6 +96,7 @@ class TrainingConfig(Node):
         0.0, ge=0, description="of the hidden z-loss on the last layer's output; LongCat-Flash: very small, about 1e-7"
     )
     growth: GrowthConfig | None = Field(None, description="depth growth; empty: all layers from the start")
+    conversion: ConversionConfig | None = Field(None, description="from dense to sparse attention; empty: as configured from the start")
     recompute: bool = Field(False, description="layers run again in backward instead of keeping their activations")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast where the device computes in bf16")
     device: str = Field("auto", description="auto: the accelerator at hand, else cpu")
@@ -91,6 +106,10 @@ class TrainingConfig(Node):
     evaluation_sequences: int = Field(128, ge=1, description="sequences of each held-out split, always the same ones")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep_model: bool = Field(True, description="leave the trained weights in the run's folder")
+    evaluations: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="name -> dotted settings of the model under which the trained weights are evaluated too: metrics NAME/METRIC",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> TrainingConfig:
@@ -98,6 +117,13 @@ class TrainingConfig(Node):
             raise ValueError(f"schedule.warmup_steps is {self.schedule.warmup_steps}, not below steps {self.steps}: lower it")
         if self.growth and self.growth.at_step >= self.steps:
             raise ValueError(f"growth.at_step is {self.growth.at_step}, not below steps {self.steps}: lower it")
+        plan = self.conversion
+        if plan and plan.dense_steps + plan.warmup_steps >= self.steps:
+            raise ValueError(
+                f"conversion.dense_steps + warmup_steps is {plan.dense_steps + plan.warmup_steps}, not below steps {self.steps}: lower them"
+            )
+        if plan and self.schedule.warmup_steps >= self.steps - plan.warmup_steps:
+            raise ValueError("schedule.warmup_steps must be below steps without conversion.warmup_steps: lower one of them")
         return self
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longcat_lab.blocks import Cache, ForwardContext
-from longcat_lab.blocks.mla.op import causal_document_mask, causal_mask
+from longcat_lab.blocks.context import document_starts
 from longcat_lab.blocks.token_embedding.module import check_tokens
 from longcat_lab.config.model import ModelConfig
 from longcat_lab.config.run import RunConfig
@@ -57,11 +57,9 @@ class LongcatLM(nn.Module):
     ) -> ForwardContext:
         """What the layers of one pass share, for hidden states [B, T, H] of the dtype and on the device of `like`."""
         length, start = like.shape[1], cache.length if cache is not None else 0
-        mask = None if document_ids is None else causal_document_mask(document_ids)
-        if start:
-            mask = causal_mask(length, start + length, like.device)[None, None]
+        first = None if document_ids is None else document_starts(document_ids)
         rope = self.rope(length, self.config.attention.qk_rope_head_dim, like, start)
-        return ForwardContext(rope, mask, padding, share, cache)
+        return ForwardContext(rope, first, padding, share, cache)
 
     def hidden(
         self,

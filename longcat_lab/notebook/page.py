@@ -9,7 +9,7 @@ from typing import Any
 
 from longcat_lab.ablation import Verdict, noise, read_sweep, summary
 from longcat_lab.budget import budget
-from longcat_lab.config import load, write_yaml
+from longcat_lab.config import apply, load, write_yaml
 from longcat_lab.errors import LabError
 from longcat_lab.notebook.figures import architecture_costs, curves, differences
 from longcat_lab.notebook.style import show
@@ -54,7 +54,17 @@ class Page:
         self.configs = {}
         for (variant, _), run in sorted(self.sweep.runs.items(), key=lambda pair: pair[0][1]):
             self.configs.setdefault(variant, run["config"])
-        self.variants = [name for name in self.ablation.variants if name in self.configs]
+        for name, arm in self.ablation.evaluate.items():
+            if arm.of in self.configs:
+                self.configs[name] = apply(self.configs[arm.of], {**arm.set, "training.evaluations": {}}).to_dict()
+        self.arms = [name for name in self.ablation.arms if name in self.configs]
+
+    def _weights(self, name: str) -> dict[str, str]:
+        """A cell that says whose weights an arm has, where some arms are not trained."""
+        if not self.ablation.evaluate:
+            return {}
+        arm = self.ablation.evaluate.get(name)
+        return {"weights": f"evaluated from {arm.of}, not trained" if arm else "trained"}
 
     def _show(self, text: str) -> None:
         from IPython.display import HTML, display
@@ -64,19 +74,21 @@ class Page:
     def answer(self) -> None:
         """Question, hypothesis, verdicts."""
         a, esc = self.ablation, html.escape
-        done = int((self.results["status"] == "finished").sum())
+        jobs = self.results[self.results["variant"].isin(list(a.variants))]
+        done = int((jobs["status"] == "finished").sum())
         parts = [STYLE, f"<h1>{esc(a.question)}</h1>", f"<p><b>Hypothesis, written before running:</b> {esc(a.hypothesis)}</p>"]
         for verdict in self.summary.verdicts:
             parts.append(self._verdict(verdict))
         matters = f"smallest effect that was said to matter: {a.smallest_effect:g}"
         parts += [
-            f"<p>{done} of {len(self.results)} jobs finished; arms are paired by seed. "
+            f"<p>{done} of {len(jobs)} jobs finished; arms are paired by seed. "
             f"Primary metric: {esc(a.metric)}, lower is better; {matters}. ",
             "<b>seen</b>: significant (5 %, Holm) in the claimed direction. "
             "<b>not seen</b>: the interval has no room for an effect that matters. "
             "<b>not resolvable</b>: these seeds cannot tell.</p>",
         ]
-        parts += [f"<p>{esc(note)}</p>" for note in self.summary.notes]
+        untrained = [f"{name} is evaluated from {arm.of} with other settings, not trained." for name, arm in a.evaluate.items()]
+        parts += [f"<p>{esc(note)}</p>" for note in [*untrained, *self.summary.notes]]
         self._show("\n".join(parts))
 
     def _verdict(self, verdict: Verdict) -> str:
@@ -98,9 +110,9 @@ class Page:
         rows = []
         metrics = [a.metric, *a.also, *([a.vanishes.metric] if a.vanishes else [])]
         spread = {metric: noise(self.results, metric) for metric in metrics if metric in self.results}
-        for name in a.variants:
+        for name in a.arms:
             done = (self.results["variant"] == name) & (self.results["status"] == "finished")
-            row: dict[str, Any] = {"variant": name, "seeds": int(done.sum())}
+            row: dict[str, Any] = {"variant": name, **self._weights(name), "seeds": int(done.sum())}
             for metric, table in spread.items():
                 mean, sd = float(table.loc[name, "mean"]), float(table.loc[name, "sd"])
                 row[f"{metric} (mean ± sd)"] = "–" if math.isnan(mean) else f"{_number(mean)} ± {_number(sd)}"
@@ -125,7 +137,7 @@ class Page:
         """What was held equal, and what the arms really cost."""
         a, rows = self.ablation, []
         means = self.results[self.results["status"] == "finished"].groupby("variant").mean(numeric_only=True)
-        for name in self.variants:
+        for name in self.arms:
             cost = budget(load(self.configs[name])).loc["total"]
             measured = means.loc[name] if name in means.index else {}
             rates = [run["timings"].get("tokens_per_second") for (variant, _), run in self.sweep.runs.items() if variant == name]
@@ -133,18 +145,19 @@ class Page:
             rows.append(
                 {
                     "variant": name,
+                    **self._weights(name),
                     "parameters": _number(int(cost["params"])),
                     "active": _number(int(cost["active params"])),
                     "FLOPs/token": _number(int(cost["FLOPs/token"])),
-                    "tokens": _number(int(measured.get("tokens", 0))),
+                    "tokens": _number(float(measured.get("tokens", math.nan)), 0),
                     "epochs": _number(float(measured.get("epochs", math.nan)), 2),
                     "tokens/s": _number(sum(rates) / len(rates) if rates else None, 0),
                     "seconds": _number(float(measured.get("seconds", math.nan)), 0),
                 }
             )
         self._show(_table(rows))
-        if self.variants:
-            show(architecture_costs({n: budget(load(self.configs[n])) for n in self.variants}), "Parameters and FLOPs of each arm by part")
+        if self.arms:
+            show(architecture_costs({n: budget(load(self.configs[n])) for n in self.arms}), "Parameters and FLOPs of each arm by part")
         lines = []
         for rule in a.match:
             held = rule.variants or [name for name in a.variants if name != rule.reference]
@@ -177,9 +190,9 @@ class Page:
         }
         finished = self.results[self.results["status"] == "finished"]
         rows = []
-        for name in self.ablation.variants:
+        for name in self.ablation.arms:
             own = finished[finished["variant"] == name]
-            row = {"variant": name}
+            row = {"variant": name, **self._weights(name)}
             for key, title in columns.items():
                 if key in finished:
                     row[title] = _number(float(own[key].mean()), 3) if len(own) else "–"
@@ -204,8 +217,8 @@ class Page:
             lines.append(f"The effect should vanish here: {self.ablation.vanishes.where}; not measured yet.")
         for change in self.ablation.changes:
             lines.append(f"The question was edited after answers were there: {change}")
-        if self.variants:
-            config = load(self.configs[self.variants[0]])
+        if self.arms:
+            config = load(self.configs[self.arms[0]])
             tokens, model = config.training.steps * config.data.batch_size * config.data.sequence_length, config.model
             lines.append(
                 f"One size ({model.hidden_size} wide, {model.num_layers} layers), one budget ({tokens:,} tokens), one kind of text "
@@ -217,7 +230,10 @@ class Page:
         """Every planned job, how it ended, and where its notebook is."""
         rows = []
         for row in self.results.to_dict("records"):
-            place = f"jobs/{row['variant']}/seed-{row['seed']}"
+            arm = self.ablation.evaluate.get(row["variant"])
+            name = f"{row['variant']}/seed-{row['seed']}"
+            job = f"{arm.of}/seed-{row['seed']}" if arm else name
+            place = f"jobs/{job}"
             link = (
                 f'<a href="{html.escape(place)}/notebook.ipynb">notebook</a>'
                 if (self.sweep.folder / place / "notebook.ipynb").exists()
@@ -225,7 +241,7 @@ class Page:
             )
             rows.append(
                 {
-                    "job": f"{row['variant']}/seed-{row['seed']}",
+                    "job": f"{name} (evaluated from {job}, not trained)" if arm else name,
                     "status": row["status"],
                     "reason": row["reason"] or "",
                     self.ablation.metric: _number(row.get(self.ablation.metric)),
@@ -242,10 +258,10 @@ class Page:
         if base is None:
             raise LabError(f"{self.sweep.folder}: no job has started, there is no configuration to show.")
         flat = {name: _flat(config) for name, config in self.configs.items()}
-        rows = []
+        rows = [{"setting": "weights", **{name: self._weights(name)["weights"] for name in self.arms}}] if self.ablation.evaluate else []
         for key in sorted({key for config in flat.values() for key in config}):
-            values = {name: flat[name].get(key, "–") for name in self.variants}
-            if key != "seed" and len({str(value) for value in values.values()}) > 1:
+            values = {name: flat[name].get(key, "–") for name in self.arms}
+            if key != "seed" and not key.startswith("training.evaluations.") and len({str(value) for value in values.values()}) > 1:
                 rows.append({"setting": key, **values})
         self._show("<p>What differs between the arms:</p>" + _table(rows))
         for title, text in (

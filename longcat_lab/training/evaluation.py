@@ -11,6 +11,7 @@ from longcat_lab.data import Batch, Corpus, bits_per_byte, evaluation_batches, l
 from longcat_lab.model.generate import evaluating
 from longcat_lab.training.device import autocast
 from longcat_lab.training.prediction import accepted_length, evaluate_steps
+from longcat_lab.training.probe_evaluation import evaluate_probe
 
 SHUFFLE_SEED = 0  # of the negative control; the same for all runs, so that arms are compared on the same text
 
@@ -38,7 +39,8 @@ def evaluate(model: nn.Module, corpus: Corpus, config: RunConfig, split: str, co
 
 def evaluate_all(model: nn.Module, corpus: Corpus, config: RunConfig) -> dict[str, float]:
     """validation_bpb, shuffled_bpb (validation text with its token order destroyed), out_of_distribution_bpb if there is such text, and
-    the measures of `prediction.py` if the model predicts further ahead; all bits per byte are of the trunk alone.
+    the measures of `prediction.py` if the model predicts further ahead, those of `probe_evaluation.py` if it is trained on a probe; all
+    bits per byte are of the trunk alone.
     """
     found = {
         "validation_bpb": evaluate(model, corpus, config, "validation"),
@@ -48,6 +50,8 @@ def evaluate_all(model: nn.Module, corpus: Corpus, config: RunConfig) -> dict[st
         found["out_of_distribution_bpb"] = evaluate(model, corpus, config, "out_of_distribution")
     if config.model.mtp is not None:
         found.update({**evaluate_steps(model, corpus, config), **accepted_length(model, corpus, config)})
+    if config.data.probe is not None:
+        found.update(evaluate_probe(model, corpus, config))
     return found
 
 

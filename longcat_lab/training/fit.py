@@ -13,13 +13,13 @@ import torch
 
 from longcat_lab.budget import totals
 from longcat_lab.config import RunConfig
-from longcat_lab.data import Batch, Corpus, Loader, prepare
+from longcat_lab.data import Batch, Corpus, Loader, ProbeLoader, prepare
 from longcat_lab.data.batch import window_count
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json, write_whole
 from longcat_lab.model import build
 from longcat_lab.model.memory import check_memory
-from longcat_lab.training import checkpoint, device, growth, mechanisms, provenance
+from longcat_lab.training import checkpoint, conversion, device, evaluation_arms, growth, mechanisms, provenance
 from longcat_lab.training.evaluation import entry_measures, evaluate, evaluate_all
 from longcat_lab.training.loss import plan_step, step_loss
 from longcat_lab.training.optimizer import added_bytes, clip, make_optimizer, set_learning_rate, split, split_table
@@ -60,9 +60,11 @@ def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = T
     return Run(folder)
 
 
-def training_loader(config: RunConfig, corpus: Corpus) -> Loader:
-    """The batches that `fit` trains on, from the first one on."""
-    seed = config.data.seed * DATA_SEED_STRIDE + config.seed
+def training_loader(config: RunConfig, corpus: Corpus, stream: int = 0) -> Loader:
+    """The batches that `fit` trains on, from the first one on; `stream` is added to the seed of their order."""
+    seed = config.data.seed * DATA_SEED_STRIDE + config.seed + stream
+    if config.data.probe is not None:
+        return ProbeLoader(corpus, config.data, seed)
     return Loader(corpus.split("train"), config.data.sequence_length, config.data.batch_size, seed)
 
 
@@ -86,6 +88,8 @@ class _Session:
         self.device = device.choose(config.training.device)
         if config.training.growth:
             growth.check(config)
+        conversion.check(config)
+        evaluation_arms.check(config)
         with torch.device("meta"):
             whole = build(config)
         check_memory(whole, device.free_bytes(self.device), "train", added_bytes(whole, config.training.optimizer))
@@ -95,6 +99,7 @@ class _Session:
         # Since the last logged row: summed losses, steps, seconds.
         self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
         self.seconds, self.step, self.initial = 0.0, 0, {}
+        self.stage, self.warmup_loader = "", None
         self._resume()
         self.sinks = [FileTracker(folder, self.step)]
         if config.tracking.wandb != "off":
@@ -124,6 +129,7 @@ class _Session:
         self.model = build(growth.shallow(config) if self.shallow else config).to(self.device).train()
         self.model.recompute = config.training.recompute
         self.optimizer = make_optimizer(self.model, config.training.optimizer, config.model.width_scale)
+        conversion.enter(self.model, conversion.stage_at(config, step))
         self._matrix_rate = next(group["peak"] for group in self.optimizer.param_groups if group["role"] == "matrix")
 
     def _grow(self) -> None:
@@ -174,7 +180,7 @@ class _Session:
                 if self.shallow and self.step == training.growth.at_step:
                     self._grow()
                 started = time.perf_counter()
-                told, norm = self._one_step(next(self.loader))
+                told, norm = self._one_step()
                 loss = told["loss"]
                 self.step += 1
                 spent = time.perf_counter() - started
@@ -199,10 +205,29 @@ class _Session:
                     return True
         return False
 
-    def _one_step(self, batch: Batch) -> tuple[dict[str, float], float]:
+    def _next_batch(self, stage: str) -> Batch:
+        """The batch of this step: the warm-up of indexers has batches of its own, which the other steps do not miss."""
+        if stage != "warmup":
+            return next(self.loader)
+        if self.warmup_loader is None:
+            self.warmup_loader = training_loader(self.config, self.corpus, conversion.WARMUP_STREAM)
+        self.warmup_loader.samples_seen = (self.step - self.config.training.conversion.dense_steps) * self.config.data.batch_size
+        return next(self.warmup_loader)
+
+    def _learning_rate_factor(self, step: int) -> float:
+        return learning_rate_factor(*conversion.schedule_clock(self.config, step), self.config.training.schedule)
+
+    def _one_step(self) -> tuple[dict[str, float], float]:
         """One optimizer step on a global batch: its losses (`loss`: nats a label) and its gradient norm before clipping."""
-        training = self.config.training
-        set_learning_rate(self.optimizer, learning_rate_factor(self.step, training.steps, training.schedule))
+        training, stage = self.config.training, conversion.stage_at(self.config, self.step)
+        batch = self._next_batch(stage)
+        if stage == "warmup" or stage != self.stage:  # evaluation puts all of the model into training again
+            conversion.enter(self.model, stage)
+            self.stage = stage
+        set_learning_rate(self.optimizer, self._learning_rate_factor(self.step))
+        if stage == "warmup":
+            for group in (each for each in self.optimizer.param_groups if each["role"] == "indexer"):
+                group["lr"] = training.conversion.warmup_learning_rate
         plan, told = plan_step(batch, self.config, self.step), {}
         size, sequences = training.micro_batch_size or len(batch.tokens), len(batch.tokens)
         for start in range(0, sequences, size):
@@ -223,7 +248,7 @@ class _Session:
             "step": self.step,
             "tokens": self.step * tokens,
             "loss": sums.pop("loss"),
-            "learning_rate": self._matrix_rate * learning_rate_factor(self.step - 1, training.steps, training.schedule),
+            "learning_rate": self._matrix_rate * self._learning_rate_factor(self.step - 1),
             "gradient_norm": norm,
             "tokens_per_second": window["steps"] * tokens / window["seconds"],
             "seconds": self.seconds,
@@ -253,6 +278,7 @@ class _Session:
     def _final(self) -> dict[str, float]:
         started, rows = time.perf_counter(), self.sinks[0].rows
         found = evaluate_all(self.model, self.corpus, self.config)
+        found.update(evaluation_arms.evaluate_arms(self.model, self.corpus, self.config))
         batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
         self.record["timings"]["evaluation_seconds"] = time.perf_counter() - started
         means = mechanisms.late_means(rows)

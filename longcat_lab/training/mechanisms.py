@@ -19,7 +19,7 @@ def blocks(model: nn.Module) -> dict[str, Block]:
 
 def after_step(model: nn.Module) -> None:
     """Lets every block take its own step (a router's bias), on counts of the whole global batch."""
-    for block in blocks(model).values():
+    for block in (each for each in blocks(model).values() if each.training):  # frozen blocks stay as they are
         for counted in block.counters():
             sum_over_ranks(counted)
         block.after_step()

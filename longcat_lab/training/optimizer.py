@@ -24,7 +24,7 @@ from longcat_lab.training.table_optimizer import TableOptimizer, merge, table_be
 
 # Roles whose weights multiply activations: they decay, and their learning rate follows the width of the model.
 PRODUCTS = ("matrix", "head", "router")
-ROLES = (*PRODUCTS, "embedding", "table", "vector")
+ROLES = (*PRODUCTS, "indexer", "embedding", "table", "vector")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +123,17 @@ def _assign(name: str, shape: tuple[int, ...], role: str, stack: int, config: Op
         )
     if role == "table" and optimizer != "adamw" and len(shape) != 2:
         raise LabError(f"{name}: a table of shape {list(shape)} has no rows for {optimizer}: make it [rows, width] in its block.")
-    multiplier = {"embedding": config.embedding_lr_multiplier, "table": config.table_lr_multiplier}.get(role, 1.0)
+    multiplier = {
+        "embedding": config.embedding_lr_multiplier,
+        "table": config.table_lr_multiplier,
+        "indexer": config.index_lr_multiplier,
+    }.get(role, 1.0)
     if optimizer == "muon":
         multiplier = config.muon_lr_multiplier
-    elif role in PRODUCTS:
+    product = role in PRODUCTS or (role == "indexer" and len(shape) > 1)
+    if product and optimizer != "muon":
         multiplier = multiplier / width_scale
-    decay = config.weight_decay if role in PRODUCTS else config.table_weight_decay if role == "table" else 0.0
+    decay = config.weight_decay if product else config.table_weight_decay if role == "table" else 0.0
     clipped = not any(entry == role or fnmatchcase(name, entry) for entry in config.clip_without)
     return Assignment(name, shape, role, stack, optimizer, config.learning_rate * multiplier, decay, clipped)
 
@@ -196,7 +201,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, width_scale: float
         stack = row.stack if row.optimizer == "muon" else 1
         part = "stacked_muon" if row.optimizer == "muon" and (stack > 1 or len(row.shape) > 2) else row.optimizer
         rates = {"role": role, "peak": row.learning_rate, "lr": row.learning_rate, "weight_decay": row.weight_decay}
-        group = parts.setdefault(part, {}).setdefault((role, stack, row.clipped), {"params": [], "clipped": row.clipped, **rates})
+        alike = (role, stack, row.clipped, row.weight_decay)
+        group = parts.setdefault(part, {}).setdefault(alike, {"params": [], "clipped": row.clipped, **rates})
         group["params"].append(parameters[row.name])
         if role == "table":
             group["betas"] = table_betas(config)

@@ -9,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import longcat_lab as lab
 from longcat_lab.blocks import Cache, DSAConfig, ForwardContext, LSAConfig, MLAConfig, ModelShape, RMSNormConfig, RopeConfig
-from longcat_lab.blocks.mla.op import attention_reference, causal_document_mask, causal_mask
+from longcat_lab.blocks.context import document_starts, visible_keys
+from longcat_lab.blocks.mla.op import attention_reference, causal_document_mask
 from longcat_lab.blocks.rope.op import rotate
-from longcat_lab.blocks.sparse_attention.op import index_scores, mean_selected, rotate_halves, selection
+from longcat_lab.blocks.sparse_attention.module import Index
+from longcat_lab.blocks.sparse_attention.op import index_scores, mean_selected, rotate_halves, select
 from longcat_lab.config import ConfigError, load
 from longcat_lab.errors import LabError
-from longcat_lab.training.mechanisms import not_engaged, statistics
 
 HIDDEN, LENGTH = 48, 40
 SHAPE = ModelShape(hidden_size=HIDDEN, vocab_size=300, sequence_length=LENGTH, norm=RMSNormConfig(), rope=RopeConfig())
@@ -36,9 +37,25 @@ def attention(kind, index=0, **settings):
     return filled(KINDS[kind](**{**SPARSE, **sinks, **settings}).build(replace(SHAPE, attention_index=index))).double()
 
 
-def a_context(length=LENGTH, mask=None, cache=None, start=0):
+def a_context(length=LENGTH, first=None, cache=None, start=0):
     rope = RopeConfig().build(SHAPE)(length, SMALL["qk_rope_head_dim"], torch.empty(0, dtype=torch.float64), start)
-    return ForwardContext(rope, mask, cache=cache)
+    return ForwardContext(rope, first, cache=cache)
+
+
+def mask_of(indices, keys):
+    """A selection as bool [B, T, S]."""
+    chosen = torch.zeros(*indices.shape[:2], keys + 1, dtype=torch.bool)
+    return chosen.scatter(-1, torch.where(indices < 0, keys, indices).long(), True)[..., :keys]
+
+
+def selected(module, x, context):
+    """The keys that an attention attends to in one pass, bool [B, T, S]."""
+    module(x, context)
+    return mask_of(module.shared(context).indices, x.shape[1])
+
+
+def causal(length=LENGTH):
+    return visible_keys(None, length, length, torch.device("cpu"))
 
 
 def model(kind, *overrides):
@@ -113,7 +130,7 @@ def test_the_indexer_is_its_equations_with_either_layout_and_norm(settings, norm
         query = turned(c_q[0] @ indexer.wq_b.weight[j * 12 : (j + 1) * 12].T)
         weight = x[0] @ indexer.weights_proj.weight[j] / (c.index_n_heads * c.index_head_dim) ** 0.5
         total = total + weight[:, None] * (query @ key.T).clamp_min(0)
-    assert torch.allclose(indexer(x, c_q, context)[0], total, rtol=1e-9)
+    assert torch.allclose(index_scores(*indexer(x, c_q, context))[0], total, rtol=1e-9)
 
 
 def test_the_query_latent_before_or_after_its_factor_changes_the_scores_by_that_factor_and_no_selection():
@@ -121,12 +138,22 @@ def test_the_query_latent_before_or_after_its_factor_changes_the_scores_by_that_
     scaled = attention("lsa", index_query_latent="scaled")
     scaled.load_state_dict(normed.state_dict())
     for module in (normed, scaled):
-        module.indexer.register_forward_hook(lambda _, inputs, scores: seen.append((inputs[1], scores)))
-        seen.append(module.visible(x, module.query_latent(x), a_context()))
+        module.indexer.register_forward_hook(lambda _, inputs, vectors: seen.append((inputs[1], index_scores(*vectors))))
+        seen.append(selected(module, x, a_context()))
     (latent, before), mask, (scaled_latent, after), same_mask = seen
     assert torch.allclose(latent, normed.q_a_layernorm(normed.q_a_proj(x))) and normed.q_scale == 2**0.5
     assert torch.allclose(scaled_latent, latent * normed.q_scale) and torch.allclose(after, before * normed.q_scale)
     assert torch.equal(mask, same_mask)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("heads_and_width", (16 * 12) ** -0.5), ("width", 12**-0.5), ("none", 1.0)])
+def test_the_scores_factor_is_an_option_and_changes_no_selection(scale, factor):
+    module, plain, x = attention("dsa", index_score_scale=scale), attention("dsa"), torch.randn(1, LENGTH, HIDDEN).double()
+    plain.load_state_dict(module.state_dict())
+    c_q = torch.randn(1, LENGTH, 24).double()
+    scores = index_scores(*module.indexer(x, c_q, a_context()))
+    assert torch.allclose(scores / factor, index_scores(*plain.indexer(x, c_q, a_context())) * (16 * 12) ** 0.5)
+    assert torch.equal(selected(module, x, a_context()), selected(plain, x, a_context()))
 
 
 # --- selection ----------------------------------------------------------------------------------------------------------------
@@ -152,23 +179,25 @@ def chosen_by_hand(scores, visible, topk, sinks, window):
 def test_selection_is_that_of_a_loop_over_queries(topk, sinks, window):
     _, ids = two_documents(3, LENGTH)
     scores, visible = torch.randn(3, LENGTH, LENGTH), causal_document_mask(ids)[:, 0]
-    assert torch.equal(selection(scores, visible, topk, sinks, window), chosen_by_hand(scores, visible, topk, sinks, window))
+    indices = select(scores, visible, topk, sinks, window)
+    assert torch.equal(mask_of(indices, LENGTH), chosen_by_hand(scores, visible, topk, sinks, window))
+    assert indices.dtype == torch.int32 and torch.equal(indices, indices.sort(-1).values)  # rising, empty places in front
 
 
 def test_selection_with_fewer_queries_than_keys_is_the_end_of_the_whole():
-    scores, visible = torch.randn(2, LENGTH, LENGTH), causal_mask(LENGTH, LENGTH, torch.device("cpu"))[None]
-    assert torch.equal(selection(scores[:, -3:], visible[:, -3:], 10, 2, 4), selection(scores, visible, 10, 2, 4)[:, -3:])
+    scores, visible = torch.randn(2, LENGTH, LENGTH), causal()
+    assert torch.equal(select(scores[:, -3:], visible[:, -3:], 10, 2, 4), select(scores, visible, 10, 2, 4)[:, -3:])
 
 
 def test_of_equal_scores_the_earlier_key_is_selected():
-    visible = causal_mask(6, 6, torch.device("cpu"))[None]
-    assert selection(torch.zeros(1, 6, 6), visible, 2)[0].int().tolist()[-1] == [1, 1, 0, 0, 0, 0]
-    assert selection(torch.zeros(1, 6, 6), visible, 3, 1, 1)[0].int().tolist()[-1] == [1, 1, 0, 0, 0, 1]
+    assert select(torch.zeros(1, 6, 6), causal(6), 2)[0].tolist()[-1] == [0, 1]
+    assert select(torch.zeros(1, 6, 6), causal(6), 3, 1, 1)[0].tolist()[-1] == [0, 1, 5]
+    assert select(torch.zeros(1, 6, 6), causal(6), 3)[0].tolist()[1] == [-1, 0, 1]
 
 
 def test_room_for_all_keys_selects_all():
     visible = causal_document_mask(two_documents(2, LENGTH)[1])[:, 0]
-    assert torch.equal(selection(torch.randn(2, LENGTH, LENGTH), visible, LENGTH, 2, 4), visible)
+    assert torch.equal(mask_of(select(torch.randn(2, LENGTH, LENGTH), visible, LENGTH, 2, 4), LENGTH), visible)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -202,10 +231,13 @@ def test_documents_are_never_crossed(kind):
 
 def test_the_core_attends_to_the_selected_keys_alone():
     module, x = attention("lsa"), torch.randn(1, LENGTH, HIDDEN).double()
-    mask = module.visible(x, module.query_latent(x), a_context())
-    dense = MLAConfig(**SMALL).build(SHAPE).double()
+    context, dense = a_context(), MLAConfig(**SMALL).build(SHAPE).double()
+    out = module(x, context)
+    mask = mask_of(module.shared(context).indices, LENGTH)
     dense.load_state_dict({name: value for name, value in module.state_dict().items() if not name.startswith("indexer")})
-    assert torch.equal(module(x, a_context()), dense(x, a_context(mask=mask)))
+    same = a_context()
+    same.__dict__["mask"] = mask[:, None]  # MLA, expanded, with nothing but these keys visible
+    assert torch.allclose(out, dense(x, same), atol=1e-12)
     assert mask.sum(-1).flatten().tolist() == [min(t, 10) for t in range(1, LENGTH + 1)]
     assert float(mask.sum()) / LENGTH == mean_selected(LENGTH, 10)
 
@@ -243,11 +275,12 @@ def peer():
 @pytest.mark.parametrize("documents", [False, True])
 def test_transformers_selects_the_same_tokens(peer, documents):
     theirs, ours, x, angles, rope = peer
-    mask = causal_document_mask(two_documents(2, LENGTH)[1] if documents else torch.zeros(2, LENGTH))
+    ids = two_documents(2, LENGTH)[1] if documents else torch.zeros(2, LENGTH, dtype=torch.long)
+    mask = causal_document_mask(ids)
     c_q = theirs.q_a_layernorm(theirs.q_a_proj(x))
     picked = theirs.indexer(x, c_q, angles, mask[:, 0], torch.arange(LENGTH)[None]).long()
     expected = torch.zeros_like(mask[:, 0]).scatter(-1, picked, True) & mask[:, 0]
-    assert torch.equal(ours.visible(x, ours.query_latent(x), ForwardContext(rope, mask))[:, 0], expected)
+    assert torch.equal(selected(ours, x, ForwardContext(rope, document_starts(ids))), expected)
 
 
 def test_the_whole_attention_is_that_of_transformers(peer):
@@ -277,7 +310,7 @@ def test_the_others_attend_to_their_owners_selection(cli_factor):
     x, context, masks = torch.randn(1, LENGTH, HIDDEN).double(), a_context(), []
     for index in range(6):
         module = attention("lsa", index, cli_factor=cli_factor)
-        masks.append(module.visible(x, module.query_latent(x), context))
+        masks.append(selected(module, x, context))
     same = [torch.equal(before, after) for before, after in itertools.pairwise(masks)]
     assert same == [index % cli_factor != 0 for index in range(1, 6)]
 
@@ -297,50 +330,6 @@ def test_prediction_steps_after_the_first_take_its_selection(shared, selections)
     tokens, ids = two_documents()
     lm.ahead(lm.hidden(tokens, ids), tokens, ids)
     assert len(calls) == selections
-
-
-# --- training -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layer", ["scmoe", "decoder"])
-def test_the_language_models_loss_never_reaches_the_indexer_and_recomputing_changes_nothing(layer):
-    tokens, ids = two_documents()
-    lm = model("lsa", f"model.layer.kind={layer}", "model.num_layers=4", "model.mtp.num_nextn_predict_layers=2").train()
-    gradients = []
-    for recompute in (False, True):
-        lm.recompute = recompute
-        lm.zero_grad()
-        hidden = lm.hidden(tokens, ids)
-        sum(each.square().mean() for each in (lm.lm_head(lm.norm(hidden)), *lm.ahead(hidden, tokens, ids))).backward()
-        gradients.append({name: p.grad for name, p in lm.named_parameters()})
-    without = {name for name, gradient in gradients[0].items() if gradient is None}
-    assert without == {name for name in gradients[0] if ".indexer." in name} and without
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in set(gradients[0]) - without)
-
-
-def test_it_trains_and_the_indexer_stays_as_it_started(tmp_path):
-    config = load("tiny", "model.attention.kind=lsa", *MODEL, "model.attention.index_local_tokens=4", "training.steps=3")
-    start, trained = lab.build(config).state_dict(), lab.fit(config, tmp_path / "run", progress=False).model.state_dict()
-    changed = {name for name in start if not torch.equal(start[name], trained[name])}
-    assert not any(".indexer." in name for name in changed) and "layers.0.self_attn.0.q_b_proj.weight" in changed
-
-
-def test_the_layer_norms_bias_starts_at_zero_and_gains_at_one():
-    weights = lab.build(load("tiny", "model.attention.kind=dsa")).state_dict()
-    assert not weights["layers.0.self_attn.0.indexer.k_norm.bias"].any()
-    assert (weights["layers.0.self_attn.0.indexer.k_norm.weight"] == 1).all()
-
-
-def test_the_log_says_how_much_was_selected_and_that_the_indexer_is_not_trained():
-    lm = model("dsa", "model.num_layers=1").train()
-    lm(torch.randint(0, 300, (2, 64)))
-    told = {name: value for name, value in statistics(lm).items() if name.endswith("selected_share")}
-    share = mean_selected(64, 12) * 64 / (64 * 65 / 2)
-    assert told == {f"layers.0.self_attn.{i}/selected_share": pytest.approx(share) for i in range(2)}
-    said = [sentence for sentence in not_engaged(lm, told) if "self_attn" in sentence]
-    assert said == [f"layers.0.self_attn.{i}: its indexer is not trained yet: it selects with its initial weights" for i in range(2)]
-    lm(torch.randint(0, 300, (2, 12)))
-    assert any("left no key out" in sentence for sentence in not_engaged(lm, statistics(lm)))
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------------------
@@ -384,20 +373,23 @@ def test_generation_is_the_same_with_and_without_cache_and_with_drafts():
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_costs_are_those_of_the_built_module(kind, index, topk, monkeypatch):
-    """The reference computes all pairs of query and key; the budget counts visible pairs for scores, selected ones for the core."""
-    monkeypatch.setattr("longcat_lab.blocks.mla.module.attention", attention_reference)  # the counter sees plain products only
+    """The reference computes all pairs of query and key for the scores; the budget counts those that are visible."""
+    monkeypatch.setattr("longcat_kernels.takes", lambda *_: False)  # the counter sees torch's products only
+    monkeypatch.setattr("longcat_lab.blocks.mla.module.attention", attention_reference)
     shape = replace(SHAPE, attention_index=index)
     config = KINDS[kind](**{**SPARSE, "index_topk": topk}, cli_factor=2, index_init_tokens=0, index_local_tokens=4)
-    module, cache, cost = config.build(shape).double(), Cache(), config.budget(shape)
+    module, cache, cost = config.build(shape).double().eval(), Cache(), config.budget(shape)
     context, again = a_context(), a_context(cache=cache)
     if index:  # what the owner of the group would have left
-        context.shared["selection/0"] = again.shared["selection/0"] = causal_mask(LENGTH, LENGTH, torch.device("cpu"))[None]
+        context.shared["index/0"] = again.shared["index/0"] = Index(indices=select(torch.randn(1, LENGTH, LENGTH), causal(), topk))
     assert cost.params == cost.active_params == sum(each.numel() for each in module.state_dict().values())
     with FlopCounterMode(display=False) as counter:
         module(torch.randn(1, LENGTH, HIDDEN).double(), context)
-    core, score = 2 * 2 * (16 + 8), 2 * 16 * 12 + 2 * 16
+    absorbed, expanded, score = 2 * 2 * (2 * 16 + 8), 2 * 2 * (16 + 8), 2 * 16 * 12 + 2 * 16
     scored = score if index == 0 and topk < LENGTH else 0
-    not_visible = scored * (LENGTH - 1) / 2 + core * (LENGTH - mean_selected(LENGTH, topk))
+    # empty places of a selection are multiplied too, and so are keys ahead in a dense core
+    not_visible = absorbed * (topk - mean_selected(LENGTH, topk)) if topk < LENGTH else expanded * (LENGTH - 1) / 2
+    not_visible += scored * (LENGTH - 1) / 2
     assert counter.get_total_flops() / LENGTH - not_visible == pytest.approx(cost.flops_per_token, rel=1e-12)
     module(torch.randn(1, LENGTH, HIDDEN).double(), again)
     kept = [store[:, :LENGTH] for stores in cache._kept.values() for store in stores]

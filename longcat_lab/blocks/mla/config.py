@@ -43,6 +43,10 @@ class MLAConfig(BlockConfig):
         """Keys that the core attention reads for one query, in the mean over a sequence."""
         return (shape.sequence_length + 1) / 2
 
+    def core_width(self, shape: ModelShape) -> int:
+        """Multiply-adds of one head for a pair of query and key."""
+        return self.qk_head_dim + self.v_head_dim
+
     def budget(self, shape: ModelShape) -> Budget:
         hidden, heads, norm = shape.hidden_size, self.num_attention_heads, self.latent_norm(shape)
         queries = heads * self.qk_head_dim
@@ -55,7 +59,7 @@ class MLAConfig(BlockConfig):
         norms = norm.budget(shape, self.kv_lora_rank)
         if self.q_lora_rank is not None:
             norms += norm.budget(shape, self.q_lora_rank)
-        core = Budget(flops_per_token=2.0 * heads * (self.qk_head_dim + self.v_head_dim) * self.visible(shape))
+        core = Budget(flops_per_token=2.0 * heads * self.core_width(shape) * self.visible(shape))
         state = Budget(state_bytes_per_token=STATE_ELEMENT_BYTES * (self.kv_lora_rank + self.qk_rope_head_dim))
         return Budget.of_weights(weights) + norms + core + state
 

@@ -2,23 +2,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, cat, nn
 
 from longcat_lab.blocks.context import ForwardContext
 from longcat_lab.blocks.interface import Block, ModelShape
-from longcat_lab.blocks.mla.op import attention
+from longcat_lab.blocks.mla.op import attention, shared_key_attention
 from longcat_lab.blocks.rope.op import rotate
 
 if TYPE_CHECKING:
     from longcat_lab.blocks.mla.config import MLAConfig
 
 
+DECODED = 16  # tokens of a pass that is decoding, or the check of drafts
+
+
 class MLA(Block):
-    """Dense multi-head latent attention, expanded form.
+    """Dense multi-head latent attention.
 
         c_q = norm(W_qa x) * sqrt(H / q_lora_rank)              [B, T, q_lora_rank]
         [c_kv ; k_rope] = W_kva x,  c_kv = norm(c_kv) * sqrt(H / kv_lora_rank)
         q = W_qb c_q,  [k_nope ; v] = W_kvb c_kv,  RoPE on the rope parts; one k_rope serves all heads
+
+    Two forms of one sum. *Expanded*: keys and values of every head are made from the latents, as written. *Absorbed*: W_kvb = [W_uk ; W_uv]
+    moves to the other side, q_h . (W_uk,h c) = (W_uk,h^T q_h) . c and sum_s a_s (W_uv,h c_s) = W_uv,h sum_s a_s c_s, so that all heads
+    share one key [c_kv ; k_rope] and one value c_kv: more work a pair, none for keys that were seen before. Decoding takes it where it
+    costs less.
 
     Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1; the two scale corrections are LongCat-Flash's (arXiv 2509.01322),
     and do not touch k_rope. Parameter names are those of the LongCat and DeepSeek checkpoints.
@@ -52,23 +61,66 @@ class MLA(Block):
         """c_q [B, T, q_lora_rank], scaled; x itself where there is no query latent."""
         return x if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x)) * self.q_scale
 
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """x [B, T, H] to [B, T, H]; positions, mask and cache come from `context`."""
-        c, heads = self.config, (self.config.num_attention_heads, -1)
-        c_q = self.query_latent(x)
-        q = (self.q_proj if c.q_lora_rank is None else self.q_b_proj)(c_q).unflatten(-1, heads).transpose(1, 2)
+    def queries(self, c_q: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """q_nope and q_rope, [B, heads, T, each width]."""
+        c = self.config
+        q = (self.q_proj if c.q_lora_rank is None else self.q_b_proj)(c_q).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
         q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
+        return q_nope, rotate(q_rope, *rope)
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """x [B, T, H] to [B, T, H]; positions, documents and cache come from `context`."""
+        c_q = self.query_latent(x)
+        q_nope, q_rope = self.queries(c_q, context.rope)
         c_kv, k_rope = self.latents(x, context.rope)
         if context.cache is not None:
             c_kv, k_rope = context.cache.extend(self, c_kv, k_rope)
-        kv = self.kv_b_proj(c_kv).unflatten(-1, heads).transpose(1, 2)
+        return self.attend(x, c_q, q_nope, q_rope, c_kv, k_rope, context)
+
+    def attend(
+        self, x: Tensor, c_q: Tensor, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, context: ForwardContext
+    ) -> Tensor:
+        """From queries and latents (those of the cache included) to [B, T, H]. A sparse attention selects here."""
+        absorb = context.cache is not None and self.absorbed_costs_less(q_nope.shape[2], c_kv.shape[1])
+        return self.o_proj((self.absorbed if absorb else self.expanded)(q_nope, q_rope, c_kv, k_rope, context.mask))
+
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, T, heads * v_head_dim], with keys and values of every head."""
+        c = self.config
+        kv = self.kv_b_proj(c_kv).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), -1)
         k_rope = k_rope[:, None].expand(-1, c.num_attention_heads, -1, -1)
-        q_BHTD = cat((q_nope, rotate(q_rope, *context.rope)), -1)
-        mask = self.visible(x, c_q, context)
-        out = attention(q_BHTD, cat((k_nope, k_rope), -1), v, mask, self.softmax_scale)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+        out = attention(cat((q_nope, q_rope), -1), cat((k_nope, k_rope), -1), v, mask, self.softmax_scale)
+        return out.transpose(1, 2).flatten(-2)
 
-    def visible(self, x: Tensor, c_q: Tensor, context: ForwardContext) -> Tensor | None:
-        """The mask of this attention: all that the pass allows. A sparse attention selects among it."""
-        return context.mask
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """The same, with one key and one value for all heads."""
+        q = self.absorbed_queries(q_nope, q_rope)
+        return self.raised(shared_key_attention(q, cat((c_kv, k_rope), -1), c_kv, mask, self.softmax_scale))
+
+    def absorbed_costs_less(self, queries: int, keys: int) -> bool:
+        """Multiply-adds of all heads: keys and values made and met, or latents met as they are. Never for a long pass, whose scores
+        only the fused kernels of the expanded form keep out of memory.
+        """
+        if queries > DECODED:
+            return False
+        c = self.config
+        pair = c.qk_head_dim + c.v_head_dim
+        absorbed_pair = 2 * c.kv_lora_rank + c.qk_rope_head_dim
+        up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+        return queries * keys * absorbed_pair + queries * up < queries * keys * pair + keys * up
+
+    def absorbed_queries(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """[W_uk^T q_nope ; q_rope], [B, T, heads, kv_lora_rank + qk_rope_head_dim]."""
+        up_k, _ = self._ups()
+        return cat((torch.einsum("bhtd,hdr->bthr", q_nope, up_k.to(q_nope.dtype)), q_rope.transpose(1, 2)), -1)
+
+    def raised(self, latent: Tensor) -> Tensor:
+        """W_uv of each head's mean latent: [B, T, heads, kv_lora_rank] to [B, T, heads * v_head_dim]."""
+        _, up_v = self._ups()
+        return torch.einsum("bthr,hdr->bthd", latent, up_v.to(latent.dtype)).flatten(-2)
+
+    def _ups(self) -> tuple[Tensor, Tensor]:
+        """W_uk [heads, qk_nope_head_dim, kv_lora_rank] and W_uv [heads, v_head_dim, kv_lora_rank]."""
+        c = self.config
+        return self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)).split((c.qk_nope_head_dim, c.v_head_dim), 1)

@@ -62,6 +62,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)[..., :value_width]
 
 
+def shared_key_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`attention` with one key and one value for all heads: MLA's absorbed form.
+
+    Args:
+        q: [B, T, heads, d]; k: [B, S, d]; v: [B, S, d_v]; mask: bool [B or 1, 1, T, S], or None for plain causal.
+
+    Returns:
+        [B, T, heads, d_v].
+    """
+    if mask is None:
+        mask = causal_mask(q.shape[1], k.shape[1], q.device)[None, None]
+    scores = (q.flatten(1, 2) @ k.transpose(1, 2)).unflatten(1, q.shape[1:3]) * scale  # [B, T, heads, S]
+    weights = scores.masked_fill(~mask.transpose(1, 2), -torch.inf).softmax(-1)
+    return (weights.flatten(1, 2) @ v).unflatten(1, q.shape[1:3])
+
+
 def _kernel_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Below these lengths torch's kernel is as fast or faster; where it need not pad a width, it is so in decoding, too."""
     worth = q.shape[-2] >= 128 if q.shape[-1] == v.shape[-1] else k.shape[-2] >= 64

@@ -77,12 +77,16 @@ class MTP(Block):
         found, h = [], hidden.detach() if self.config.detach else hidden
         for step in range(1, self.config.num_nextn_predict_layers + 1):
             block, ahead = self.block(step), nn.functional.pad(tokens[:, step:], (0, min(step, tokens.shape[1])))
-            inputs = (h, self.embed(ahead, trunk), _without_the_end(context(), tokens, step))
+            inputs = (h, self.embed(ahead, trunk), self._context(context(), tokens, step))
             recompute = self.config.recompute and self.training and torch.is_grad_enabled()
             h = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             found.append(block.norm(h))
             h = h if self.config.hidden == "raw" else found[-1]
         return found
+
+    def _context(self, context: ForwardContext, tokens: Tensor, step: int) -> ForwardContext:
+        context.step, context.steps = step, self.config.num_nextn_predict_layers
+        return _without_the_end(context, tokens, step)
 
     def not_engaged(self, measured: dict[str, float]) -> list[str]:
         return [] if measured.get("mtp_loss_1") else ["no prediction step was trained: its loss weight was 0 to the end"]

@@ -1,17 +1,61 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
-from longcat_lab.blocks.interface import STATE_ELEMENT_BYTES, Budget, ModelShape, register
+from longcat_lab.blocks.interface import STATE_ELEMENT_BYTES, Budget, ModelShape, register, slot
 from longcat_lab.blocks.mla.config import MLAConfig
 from longcat_lab.blocks.sparse_attention.module import SparseAttention
 from longcat_lab.blocks.sparse_attention.op import mean_selected
+from longcat_lab.blocks.sparse_attention.selection import IndexerSelection
+from longcat_lab.node import Node
 
 LAYER_NORM_EPS = 1e-6  # of DSA's key norm, whatever the model's own norms have
+
+
+class DistillConfig(Node):
+    """How the indexer learns from the attentions it serves: KL to their weights, in the dense warm-up and in sparse training."""
+
+    weight: float = Field(1.0, ge=0, description="of each served attention's KL (mean over queries, nats) in the loss; 0: not trained")
+    temperature: float = Field(1.0, gt=0, description="index scores are divided by it before their softmax")
+    served: Literal["sum", "mean", "owner"] = Field(
+        "sum", description="attentions that teach: all that the indexer serves (LSA's sum, or their mean), or its owner alone"
+    )
+    served_weights: list[float] = Field(
+        [], description="in place of `served`: a weight for each attention of a group, the owner's first; as many as cli_factor"
+    )
+    support: Literal["all", "dynamic"] = Field(
+        "all", description="keys of the sparse KL: all selected ones, as the paper has it; or without sinks and window"
+    )
+    teacher: Literal["per_head", "restricted"] = Field(
+        "per_head",
+        description="sparse teacher: each head's softmax over the selected keys, then their mean; or the mean over all keys, restricted "
+        "to the selected ones and scaled to 1, which weighs heads by what they give these keys and costs as much as dense attention",
+    )
+
+
+class HierarchicalConfig(Node):
+    """Hierarchical indexing, at inference alone: whole pages are ranked first, tokens inside the best pages then."""
+
+    page: int = Field(128, ge=1, description="P: tokens of a page")
+    block: int = Field(8, ge=1, description="B: tokens of a sub-block, whose mean key stands for them; divides page")
+    pages: int = Field(1024, ge=1, description="M: pages whose tokens are scored")
+    exempt: int = Field(4, ge=0, description="indexers, from the first on, that stay flat")
+    pooling: Literal["mean", "minmax"] = Field("mean", description="of a sub-block's keys: their mean, or the bound by least and largest")
+    from_length: int = Field(262_144, ge=0, description="keys below which indexing stays flat")
+    decode: bool = Field(False, description="also where a pass brings a single token; LongCat serves decoding flat")
+
+    @model_validator(mode="after")
+    def _divides(self) -> HierarchicalConfig:
+        if self.page % self.block:
+            raise ValueError(f"block is {self.block}, which does not divide page {self.page}: make it a divisor")
+        return self
+
+    def applies(self, indexer: int, queries: int, keys: int) -> bool:
+        """Whether the model's `indexer`-th indexer works page by page on `queries` queries and `keys` keys."""
+        return indexer >= self.exempt and keys >= self.from_length and (self.decode or queries > 1)
 
 
 @register("attention")
@@ -24,7 +68,13 @@ class DSAConfig(MLAConfig):
     index_topk: int = Field(64, ge=1, description="K: keys that a query attends to, sinks and window among them")
     index_init_tokens: int = Field(0, ge=0, description="sinks: first tokens of the document, selected always")
     index_local_tokens: int = Field(0, ge=0, description="window: last tokens up to the query's own, selected always")
-    cli_factor: int = Field(1, ge=1, description="consecutive attentions that share one indexer and its selection")
+    cli_factor: int = Field(1, ge=1, description="N: consecutive attentions that share one indexer and its selection")
+    cli_offset: int = Field(
+        0,
+        ge=0,
+        description="attentions before the first whole group, which make a group of their own; below cli_factor (1 with cli_factor 2: "
+        "indexers stand at the second attention of a shortcut layer)",
+    )
     dsa_mtp_cli: bool = Field(False, description="prediction steps after the first take the first one's selection")
     index_k_norm_type: Literal["layer", "rms"] = Field(
         "layer", description="norm of the index key: LayerNorm with bias, or the model's own"
@@ -37,6 +87,14 @@ class DSAConfig(MLAConfig):
         description="the query latent that the indexer reads: before or after the factor sqrt(hidden_size / q_lora_rank); "
         "the selection is the same, the size of the scores is not",
     )
+    index_score_scale: Literal["heads_and_width", "width", "none"] = Field(
+        "heads_and_width",
+        description="factor in the scores: 1 / sqrt(H_I d_I) as the released code has it, 1 / sqrt(d_I), or none; "
+        "the selection is the same, the KL's temperature is not",
+    )
+    selection: slot("selection") = Field(default_factory=IndexerSelection, description="rule that picks the keys")
+    distill: DistillConfig = Field(default_factory=DistillConfig, description="how the indexer learns")
+    hierarchical: HierarchicalConfig | None = Field(None, description="page-wise indexing when not training; empty: none")
 
     @model_validator(mode="after")
     def _sparse(self) -> DSAConfig:
@@ -47,19 +105,42 @@ class DSAConfig(MLAConfig):
             raise ValueError(f"index_head_dim is {self.index_head_dim}, below qk_rope_head_dim {self.qk_rope_head_dim}: raise it")
         if self.q_lora_rank is None:
             raise ValueError("q_lora_rank is empty, but the indexer reads the query latent: give it a width")
+        if self.cli_offset >= self.cli_factor:
+            raise ValueError(f"cli_offset is {self.cli_offset}, not below cli_factor {self.cli_factor}: lower it")
+        weights = self.distill.served_weights
+        if weights and (len(weights) != self.cli_factor or min(weights) < 0):
+            raise ValueError(f"distill.served_weights {weights} must be {self.cli_factor} numbers (cli_factor), none below 0")
         return self
+
+    def group(self, attention_index: int) -> int:
+        """Number of the group of attentions that share a selection."""
+        if self.cli_offset == 0:
+            return attention_index // self.cli_factor
+        return 0 if attention_index < self.cli_offset else 1 + (attention_index - self.cli_offset) // self.cli_factor
+
+    def place(self, attention_index: int) -> int:
+        """How many attentions of its group come before it; 0 for the one that selects."""
+        return attention_index if attention_index < self.cli_offset else (attention_index - self.cli_offset) % self.cli_factor
 
     def owns_index(self, shape: ModelShape) -> bool:
         """Whether the attention at `shape.attention_index` has an indexer of its own."""
-        return shape.attention_index % self.cli_factor == 0
+        return self.selection.uses_indexer and self.place(shape.attention_index) == 0
 
     def key_norm(self, shape: ModelShape) -> nn.Module:
         if self.index_k_norm_type == "layer":
             return nn.LayerNorm(self.index_head_dim, eps=LAYER_NORM_EPS)
         return shape.norm.build(shape, self.index_head_dim)
 
+    def selects(self, shape: ModelShape) -> bool:
+        """Whether a sequence has keys to leave out."""
+        return self.selection.selects and shape.sequence_length > self.index_topk
+
     def visible(self, shape: ModelShape) -> float:
-        return mean_selected(shape.sequence_length, self.index_topk)
+        return mean_selected(shape.sequence_length, self.index_topk) if self.selects(shape) else super().visible(shape)
+
+    def core_width(self, shape: ModelShape) -> int:
+        """Absorbed where keys are gathered: all heads share one key and value of the latent's width."""
+        return 2 * self.kv_lora_rank + self.qk_rope_head_dim if self.selects(shape) else super().core_width(shape)
 
     def index_budget(self, shape: ModelShape) -> Budget:
         """What an indexer costs beside its attention: projections, key norm, scores of all visible pairs, cached keys.
@@ -73,7 +154,7 @@ class DSAConfig(MLAConfig):
         scores = Budget(flops_per_token=(2.0 * heads * width + 2.0 * heads) * (length + 1) / 2)
         state = Budget(state_bytes_per_token=STATE_ELEMENT_BYTES * width)
         whole = projections + norm + scores + state
-        return whole if length > self.index_topk else replace(whole, flops_per_token=0.0)
+        return whole if self.selects(shape) else Budget(whole.params, whole.active_params, 0.0, whole.state_bytes_per_token)
 
     def budget(self, shape: ModelShape) -> Budget:
         own = super().budget(shape)
@@ -93,7 +174,7 @@ class LSAConfig(DSAConfig):
     kind: Literal["lsa"] = "lsa"
     index_init_tokens: int = Field(1, ge=0, description="sinks: first tokens of the document, selected always")
     index_local_tokens: int = Field(32, ge=0, description="window: last tokens up to the query's own, selected always")
-    cli_factor: int = Field(2, ge=1, description="consecutive attentions that share one indexer and its selection")
+    cli_factor: int = Field(2, ge=1, description="N: consecutive attentions that share one indexer and its selection")
     dsa_mtp_cli: bool = Field(True, description="prediction steps after the first take the first one's selection")
     index_k_norm_type: Literal["layer", "rms"] = Field("rms", description="norm of the index key: LayerNorm with bias, or the model's own")
     index_rope_layout: Literal["half-split", "interleaved"] = Field(

@@ -1,85 +1,228 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, cat
 
-from longcat_lab.blocks.context import ForwardContext
+from longcat_lab.blocks.context import ForwardContext, in_backward, visible_keys
 from longcat_lab.blocks.interface import ModelShape
 from longcat_lab.blocks.mla.module import MLA
-from longcat_lab.blocks.mla.op import causal_mask
+from longcat_lab.blocks.moe.balance_op import add_loss
+from longcat_lab.blocks.sparse_attention import ops
+from longcat_lab.blocks.sparse_attention.distill_op import (
+    attention_mass,
+    dense_divergence,
+    divergence,
+    over_dynamic,
+    restricted_mass,
+)
 from longcat_lab.blocks.sparse_attention.indexer import Indexer
-from longcat_lab.blocks.sparse_attention.op import selection
+from longcat_lab.blocks.sparse_attention.op import index_scores, select
+from longcat_lab.blocks.sparse_attention.selection import Candidates, IndexerSelection, choose
 from longcat_lab.errors import LabError
 
 if TYPE_CHECKING:
     from longcat_lab.blocks.sparse_attention.config import DSAConfig
 
+STAGES = ("dense", "warmup", "sparse")
+CHUNK = 256  # queries that a rule other than the indexer's ranks at a time
+
+
+@dataclasses.dataclass
+class Index:
+    """What the first attention of a group leaves for the others.
+
+    vectors: q, k, w of the indexer, with gradient to it alone; None where the rule has no indexer, or nothing asked for it.
+    indices: the selection, int32 [B, T, K]; None while the attentions are dense.
+    scores: the indexer's scores at the selected keys [B, T, K], with gradient; None where it does not learn.
+    """
+
+    vectors: tuple[Tensor, Tensor, Tensor] | None = None
+    indices: Tensor | None = None
+    scores: Tensor | None = None
+
 
 class SparseAttention(MLA):
-    """MLA over index_topk selected keys a query: the set that its indexer picks, or that the owner of its group picked.
+    """MLA over index_topk selected keys a query: those that its rule picks, or that the first attention of its group picked.
 
-    Attentions 0 ... cli_factor - 1 of the model make one group, and so on. The first of a group owns an indexer and leaves its
-    selection in `context.shared`; the others have none and attend to the same set with queries and keys of their own.
-    Where no more than index_topk keys exist this is MLA, bit for bit.
+    Attentions 0 ... cli_factor - 1 of the model make one group, and so on. The first of a group selects, and leaves index vectors and
+    selection in `context.shared`; the others have no indexer and attend to the same keys with queries and keys of their own.
+    Prediction steps after the first do likewise (`dsa_mtp_cli`). The core is MLA in its absorbed form over the selected keys, O(T K);
+    where no more than index_topk keys exist this is dense MLA, bit for bit.
 
-    This is the readable reference: a mask over dense attention, O(T S). The indexer is not trained here: it sees its inputs detached
-    and runs without gradient (selection has none), so that the language model's loss never reaches it. Its distillation and a core
-    of O(T index_topk) are not written yet.
+    The indexer sees its inputs without gradient, and selection has none, so that the language model's loss never reaches it. While
+    training each attention of the group adds weight x KL(its own attention weights || softmax of the index scores) where it stands, so
+    that no attention's weights outlive it; the sum over the group is LSA's objective.
+
+    stage: `dense` (all keys, the indexer does not learn), `warmup` (all keys, it learns over all of them) or `sparse`.
 
     Source: DSA: DeepSeek-V3.2 report; LSA (sinks and window, cross-layer indexing): arXiv 2608.01662.
     """
 
+    stage = "sparse"
+
     def __init__(self, config: DSAConfig, shape: ModelShape) -> None:
         super().__init__(config, shape)
-        self.group = shape.attention_index // config.cli_factor
+        self.group, self.place = config.group(shape.attention_index), config.place(shape.attention_index)
         self.indexer = Indexer(config, shape) if config.owns_index(shape) else None
         # What the indexer sees of the query latent: LongCat's factor taken out again, or left in.
         self.index_q_scale = self.q_scale if config.index_query_latent == "normed" else 1.0
-        self.kept: tuple[Tensor, Tensor] | None = None  # pairs selected and pairs visible in the last training pass
+        self.kept: tuple[Tensor, Tensor] | None = None  # pairs selected and pairs visible, in the last training pass
+        self.losses: list[Tensor] = []  # index KL of the passes since the last step, each a mean over its queries
+        self.shares: list[float] = []
+        self.told: dict[str, float] = {}
 
-    def visible(self, x: Tensor, c_q: Tensor, context: ForwardContext) -> Tensor | None:
-        """bool [B, 1, T, S]: the selected keys of each query; the pass's own mask where it has no more than index_topk keys."""
-        seen = x.shape[1] + (0 if context.cache is None else context.cache.length)
-        with torch.no_grad():
-            if seen <= self.config.index_topk:
-                if self.indexer is not None and context.cache is not None:
-                    self.indexer.keys(x.detach(), context)  # later tokens will look at these
-                if self.training:
-                    self.kept = None
-                return context.mask
-            return self.select(x.detach(), c_q.detach() / self.index_q_scale, context)[:, None]
+    def attend(
+        self, x: Tensor, c_q: Tensor, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, context: ForwardContext
+    ) -> Tensor:
+        sparse = self.stage == "sparse" and self.config.selection.selects and c_kv.shape[1] > self.config.index_topk
+        learns = self.learns(sparse)
+        if not sparse:
+            if self.indexer is not None and not self.reuses(context) and (learns or context.cache is not None):
+                with torch.set_grad_enabled(learns):  # with a cache: later tokens will look at these keys
+                    self.leave(Index(self.vectors(x, c_q, context)), context)
+            out = super().attend(x, c_q, q_nope, q_rope, c_kv, k_rope, context)
+            self.kept = None if self.training else self.kept
+            if not learns:
+                return out
+        q = self.absorbed_queries(q_nope, q_rope)
+        k = cat((c_kv, k_rope), -1).to(q.dtype)
+        if not sparse:
+            return self.learn(out, self.dense_divergence(q, k, x, context), context)
+        index = self.shared(context) if self.reuses(context) else self.leave(self.select(x, c_q, q, k, context, learns), context)
+        values = k[..., : self.config.kv_lora_rank]
+        latent, mass = ops.sparse_attention(q, k, values, index.indices, self.softmax_scale, self.config.index_local_tokens)
+        out = self.o_proj(self.raised(latent))
+        return self.learn(out, self.sparse_divergence(index, mass, q, k, x, context), context) if learns else out
 
-    def select(self, x: Tensor, c_q: Tensor, context: ForwardContext) -> Tensor:
-        """The group's selection, bool [B, T, S]: made here by the owner, or taken from what the owner noted in this pass."""
-        c, note = self.config, f"selection/{self.group}"
-        if note in context.shared and (self.indexer is None or c.dsa_mtp_cli):
-            return context.shared[note]
-        if self.indexer is None:
+    def reuses(self, context: ForwardContext) -> bool:
+        return self.place > 0 or (context.step > 1 and self.config.dsa_mtp_cli)
+
+    def learns(self, sparse: bool) -> bool:
+        """Whether an indexer that this attention uses is taught in this pass, by it or by others of the group."""
+        taught = self.training and torch.is_grad_enabled() and self.config.selection.uses_indexer and self.config.distill.weight > 0
+        return taught and (sparse or (self.stage == "warmup" and self.config.selection.selects))
+
+    def teaching_weight(self, context: ForwardContext) -> float:
+        """Weight of this attention's KL: the distillation's, and its share in the group (of attentions, or of prediction steps)."""
+        distill = self.config.distill
+        place, size = self.place, self.config.cli_factor
+        if context.step:
+            place, size = (context.step - 1, context.steps) if self.config.dsa_mtp_cli else (0, 1)
+        elif distill.served_weights:
+            return distill.weight * distill.served_weights[place]
+        return distill.weight * {"sum": 1.0, "mean": 1 / size, "owner": float(place == 0)}[distill.served]
+
+    # --- the group's index --------------------------------------------------------------------------------------------------------
+
+    def leave(self, index: Index, context: ForwardContext) -> Index:
+        context.shared[f"index/{self.group}"] = index
+        return index
+
+    def shared(self, context: ForwardContext) -> Index:
+        """What the first attention of the group left in this pass."""
+        index = context.shared.get(f"index/{self.group}")
+        if index is None:
             raise LabError(
                 f"Attention group {self.group} has no selection: an attention that reuses one (model.attention.cli_factor "
-                f"{c.cli_factor}) runs without the first of its group; set cli_factor to 1."
+                f"{self.config.cli_factor}) runs without the first of its group; set cli_factor to 1."
             )
-        scores = self.indexer(x, c_q, context)
-        visible = causal_mask(*scores.shape[1:], x.device)[None] if context.mask is None else context.mask[:, 0]
-        chosen = selection(scores, visible, c.index_topk, c.index_init_tokens, c.index_local_tokens)
-        context.shared[note] = chosen
-        if self.training:
-            self.kept = chosen.sum(), visible.sum() * (len(chosen) // len(visible))
-        return chosen
+        return index
+
+    def vectors(self, x: Tensor, c_q: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        return self.indexer(x.detach(), c_q.detach() / self.index_q_scale, context)
+
+    def select(self, x: Tensor, c_q: Tensor, q: Tensor, k: Tensor, context: ForwardContext, learns: bool) -> Index:
+        """The group's index, made here. q [B, T, heads, d] and k [B, S, d] are this attention's own, absorbed."""
+        with torch.set_grad_enabled(learns):
+            vectors = self.vectors(x, c_q, context) if self.indexer is not None else None
+        with torch.no_grad():
+            indices = self.indices(vectors, q.detach(), k.detach(), context)
+        if self.training and not in_backward():
+            seen = torch.arange(1, k.shape[1] + 1, device=q.device)[-q.shape[1] :] - (0 if context.first is None else context.first)
+            self.kept = (indices >= 0).sum(), seen.expand(q.shape[:2]).sum()
+        return Index(vectors, indices, ops.selected_scores(*vectors, indices) if learns else None)
+
+    def indices(self, vectors: tuple[Tensor, Tensor, Tensor] | None, q: Tensor, k: Tensor, context: ForwardContext) -> Tensor:
+        """int32 [B, T, index_topk] by the rule."""
+        c, rule = self.config, self.config.selection
+        fixed = (c.index_topk, c.index_init_tokens, c.index_local_tokens)
+        if type(rule) is IndexerSelection:
+            pages = c.hierarchical
+            if pages is not None and not self.training and pages.applies(self.group, q.shape[1], k.shape[1]):
+                how = {"page": pages.page, "block": pages.block, "pages": pages.pages, "pooling": pages.pooling}
+                return ops.hierarchical_topk(*vectors, context.first, *fixed, **how)
+            return ops.index_topk(*vectors, context.first, *fixed)
+        queries, keys, parts = q.shape[1], k.shape[1], []
+        position = torch.arange(keys, device=q.device)
+        for begin in range(0, queries, CHUNK):
+            end = min(begin + CHUNK, queries)
+            seen = visible_keys(context.first, queries, keys, q.device, begin, end).expand(len(q), -1, -1)
+            at = Candidates(
+                seen,
+                position[keys - queries + begin : keys - queries + end],
+                position,
+                self.group,
+                lambda b=begin, e=end: index_scores(vectors[0][:, b:e], vectors[1], vectors[2][:, b:e]),
+                lambda b=begin, e=end: attention_mass(q, k, context.first, self.softmax_scale, b, e),
+            )
+            parts.append(select(choose(rule, at), seen, *fixed))
+        return cat(parts, 1)
+
+    # --- teaching it --------------------------------------------------------------------------------------------------------------
+
+    def counted(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """Weight of each query in the mean KL, [B, T]: padding does not count."""
+        real = torch.ones(x.shape[:2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        real = real if context.padding is None else real.masked_fill(context.padding, 0.0)
+        return real / real.sum().clamp(min=1)
+
+    def dense_divergence(self, q: Tensor, k: Tensor, x: Tensor, context: ForwardContext) -> Tensor:
+        index, weights = self.shared(context).vectors, self.counted(x, context)
+        return dense_divergence(index, q, k, context.first, self.softmax_scale, weights, self.config.distill.temperature)
+
+    def sparse_divergence(self, index: Index, mass: Tensor, q: Tensor, k: Tensor, x: Tensor, context: ForwardContext) -> Tensor:
+        c, scores = self.config, index.scores
+        if c.distill.teacher == "restricted":
+            mass = restricted_mass(q.detach(), k.detach(), context.first, self.softmax_scale, index.indices)
+        if c.distill.support == "dynamic":
+            fixed = (c.index_init_tokens, c.index_local_tokens)
+            mass, scores = over_dynamic(mass, scores, index.indices, context.first, *fixed, k.shape[1])
+        return divergence(mass, scores, self.counted(x, context), c.distill.temperature)
+
+    def learn(self, out: Tensor, loss: Tensor, context: ForwardContext) -> Tensor:
+        """`out`, with the loss hung on it."""
+        if not in_backward():  # recomputed layers tell of it once
+            self.losses.append(loss.detach())
+            self.shares.append(context.share)
+        return add_loss(out, loss, self.teaching_weight(context) * context.share)
+
+    # --- what it tells ------------------------------------------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        self.told = {}
+        if self.losses:
+            total = sum(share * float(loss) for share, loss in zip(self.shares, self.losses, strict=True))
+            self.told["index_kl"] = total / sum(self.shares)
+            self.losses, self.shares = [], []
+        if self.kept is not None:
+            chosen, visible = self.kept
+            self.told["selected_share"] = float(chosen) / float(visible)
 
     def statistics(self) -> dict[str, float]:
-        """selected_share: selected of the visible pairs of query and key, in the last training pass; the owner's alone."""
-        if self.indexer is None or self.kept is None:
-            return {} if self.indexer is None else {"selected_share": 1.0}
-        chosen, visible = self.kept
-        return {"selected_share": float(chosen) / float(visible)}
+        """index_kl: KL in nats of this attention's weights from the group's index; selected_share: selected of the visible pairs of
+        query and key (of the attention that selects), in the last step.
+        """
+        return self.told
 
     def not_engaged(self, measured: dict[str, float]) -> list[str]:
-        if self.indexer is None:
+        if self.place > 0 or not self.config.selection.selects:
             return []
-        said = ["its indexer is not trained yet: it selects with its initial weights"]
+        said = []
+        if self.indexer is not None and "index_kl" not in measured:
+            said.append("its indexer was not trained: it selects with the weights it had before")
         if measured.get("selected_share", 1.0) >= 1:
             said.append(f"it left no key out (no document was longer than index_topk {self.config.index_topk})")
         return said
