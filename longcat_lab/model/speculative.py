@@ -10,6 +10,7 @@ from torch import Tensor
 from longcat_lab.blocks import Cache
 from longcat_lab.blocks.token_embedding.module import check_tokens
 from longcat_lab.errors import LabError
+from longcat_lab.model.drafts import AlignedDrafts, ChainedDrafts
 from longcat_lab.model.generate import evaluating
 
 
@@ -31,39 +32,6 @@ class Speculation:
     def accepted_length(self) -> float:
         """Tokens gained by one verifying pass in the mean: 1 (the trunk's own) to D + 1."""
         return 1 + sum(self.accepted) / self.rounds if self.rounds else 1.0
-
-
-class _Drafts:
-    """The prediction steps with a cache each. Step k at position i reads h^{k-1}_i and token i + k.
-
-    Positions whose token i + k is known are computed once, with the true token; the last k - 1 positions of step k hang on drafts
-    and are forgotten when the drafts are judged.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.steps = model, model.config.mtp.num_nextn_predict_layers
-        self.caches = [Cache() for _ in range(self.steps)]
-        self.states = [torch.empty(0)] * self.steps  # h^1 ... h^D at all positions [1, n, H], those that hang on drafts at the end
-
-    def propose(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden [1, n, H]: the trunk's at positions 0 ... n - 1; tokens int64 [n + 1], all known; D drafts for what follows."""
-        model, known = self.model, tokens
-        count, state = hidden.shape[1], hidden if model.config.mtp.hidden == "raw" else model.norm(hidden)
-        for k in range(1, self.steps + 1):
-            block, cache = model.mtp.block(k), self.caches[k - 1]
-            start = cache.length
-            ahead = known[None, start + k : count + k]
-            context = model.context(state[:, start:], cache=cache)
-            fresh = block(state[:, start:], model.mtp.embed(ahead, model.embed_tokens), context)
-            cache.advance(ahead)
-            normed = block.norm(fresh)
-            passed = fresh if model.config.mtp.hidden == "raw" else normed
-            state = torch.cat((self.states[k - 1][:, :start], passed), 1) if start else passed
-            self.states[k - 1] = state
-            known = torch.cat((known, model.lm_head(normed[:, -1:]).argmax(-1)[0]))
-        for k, cache in enumerate(self.caches, 1):
-            cache.cut(max(0, count - k + 1))  # step k at position i was true where i + k <= count
-        return known[len(tokens) :]
 
 
 @torch.no_grad()
@@ -96,7 +64,8 @@ def speculate(model: torch.nn.Module, tokens: Tensor, count: int, stop: int | No
 
 
 def _speculate(model: torch.nn.Module, tokens: Tensor, end: int, stop: int | None) -> Speculation:
-    drafts, cache, start = _Drafts(model), Cache(), len(tokens)
+    chained = model.config.mtp.draft_positions == "chained"
+    drafts, cache, start = (ChainedDrafts if chained else AlignedDrafts)(model), Cache(), len(tokens)
     drafted, accepted, rounds = [0] * drafts.steps, [0] * drafts.steps, 0
     hidden = model.hidden(tokens[None], cache=cache)
     tokens = torch.cat((tokens, _choices(model, hidden[:, -1:])))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import longcat_lab as lab
-from longcat_lab.config import load
+from longcat_lab.config import ConfigError, load
 from longcat_lab.model import build, generate, speculate
-from longcat_lab.model.speculative import _Drafts
+from longcat_lab.model.drafts import AlignedDrafts, ChainedDrafts, newest
 from longcat_lab.training.loss import plan_step, step_loss
 
 ARMS = {
@@ -105,7 +105,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence():
 def test_states_at_known_tokens_are_those_of_teacher_forcing(arm, steps):
     """However the text comes in, in jumps of 1 to steps + 1 as acceptance makes them, and however many drafts hung at its end."""
     model, text = model_of(arm, steps), torch.randint(0, 512, (40,))
-    drafts = _Drafts(model)
+    drafts = AlignedDrafts(model)
     with torch.no_grad():
         hidden, n = model.hidden(text[None]), 1
         while n < 38:
@@ -124,7 +124,7 @@ def test_states_at_known_tokens_are_those_of_teacher_forcing(arm, steps):
 def test_a_draft_is_the_step_applied_to_the_drafts_before_it(steps):
     """Step k's draft reads the drafts of steps 1 ... k - 1 at the last position, without any cache."""
     model, text = model_of("blocks of their own", steps), torch.randint(0, 512, (12,))
-    drafts = _Drafts(model)
+    drafts = AlignedDrafts(model)
     with torch.no_grad():
         hidden = model.hidden(text[None, :-1])
         drafts.propose(hidden[:, :4], text[:5]), drafts.propose(hidden[:, :6], text[:7])
@@ -182,3 +182,80 @@ def test_a_model_trained_on_a_repeating_text_drafts_it():
     found = speculate(model, text[:10], 31)
     assert found.tokens.tolist() == text[:41].tolist()
     assert found.accepted_length == 3.0 and found.rounds == 10
+
+
+# --- shared selections --------------------------------------------------------------------------------------------------------
+
+LSA = (
+    "model.attention.kind=lsa",
+    "model.attention.index_topk=12",
+    "model.attention.index_local_tokens=4",
+    "model.attention.index_head_dim=12",
+)
+
+
+def lsa(*overrides, steps=3):
+    config = load("tiny", f"model.mtp.num_nextn_predict_layers={steps}", *LSA, "model.initializer_range=0.2", *overrides)
+    return build(config).double().eval()
+
+
+@pytest.mark.parametrize("shared", ["true", "false"])
+@pytest.mark.parametrize("first", [5, 11, 12, 13, 30])
+def test_drafting_steps_select_as_in_training(first, shared):
+    """Over known text the states of all steps are those of a whole pass, wherever the rounds began and ended."""
+    model, tokens = lsa(f"model.attention.dsa_mtp_cli={shared}"), torch.randint(0, 512, (60,))
+    with torch.no_grad():
+        hidden = model.hidden(tokens[None])
+        whole = model.ahead(hidden, tokens[None])
+        drafts = AlignedDrafts(model)
+        for count in (first, first + 1, first + 4, first + 6):
+            drafts.propose(hidden[:, :count], tokens[: count + 1])
+    for k, state in enumerate(drafts.states, 1):
+        true = count - k + 1  # positions whose token ahead is known
+        assert torch.allclose(model.mtp.block(k).norm(state[:, :true]), whole[k - 1][:, :true], atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["slide", "append", "reuse"])
+@pytest.mark.parametrize("kind", ["lsa", "mla"])
+def test_chained_drafts_give_the_same_text(kind, rule):
+    sparse = [f"model.attention.index_mtp_newest={rule}"] if kind == "lsa" else []
+    overrides = ["model.mtp.draft_positions=chained", *sparse]
+    made = lsa(*overrides) if kind == "lsa" else build(load("tiny", "model.mtp.num_nextn_predict_layers=3", *overrides)).double().eval()
+    model, prompt = repeating(made), torch.randint(0, 512, (9,))
+    found = speculate(model, prompt, 40)
+    assert torch.equal(found.tokens, generate(model, prompt, 40))
+
+
+def test_chained_steps_stand_behind_the_text_and_see_the_drafts():
+    """The first proposal by hand: dense attention, one pass over the known text and then token by token."""
+    model, tokens = (
+        build(load("tiny", "model.mtp.num_nextn_predict_layers=3", "model.mtp.draft_positions=chained")).double().eval(),
+        torch.randint(0, 512, (20,)),
+    )
+    block = model.mtp.block(1)
+    with torch.no_grad():
+        hidden = model.hidden(tokens[None, :-1])
+        drafts = ChainedDrafts(model).propose(hidden, tokens)
+        states, read = hidden, tokens[None, 1:]
+        for k in range(3):
+            out = block(states, model.mtp.embed(read, model.embed_tokens), model.context(states))
+            found = model.lm_head(block.norm(out[:, -1:])).argmax(-1)
+            assert int(found) == int(drafts[k])
+            states, read = torch.cat((states, out[:, -1:]), 1), torch.cat((read, found), 1)
+
+
+def test_what_becomes_of_the_newest_keys_is_an_option():
+    indices = torch.tensor([[[-1, 0, 5, 7, 18, 19, 20]]], dtype=torch.int32)  # sink 0, window 18 to 20 of a query at 20
+
+    def by(rule):
+        attention = load("tiny", *LSA, f"model.attention.index_mtp_newest={rule}", "model.attention.index_local_tokens=3").model.attention
+        return [key for key in newest(indices, 2, attention)[0, 0].tolist() if key >= 0]
+
+    assert by("reuse") == [0, 5, 7, 18, 19, 20]
+    assert by("append") == [0, 5, 7, 18, 19, 20, 21, 22]
+    assert by("slide") == [0, 5, 7, 20, 21, 22]
+
+
+def test_chained_drafts_need_a_repeated_block():
+    with pytest.raises(ConfigError, match="draft_positions chained needs repeat_block"):
+        load("tiny", "model.mtp.num_nextn_predict_layers=2", "model.mtp.repeat_block=false", "model.mtp.draft_positions=chained")

@@ -29,6 +29,11 @@ class MTPConfig(BlockConfig):
     loss_weight_schedule: list[Pair] = Field(
         [], description="pairs (share of the training steps, weight from there on), rising; before the first, loss_weight holds"
     )
+    draft_positions: Literal["aligned", "chained"] = Field(
+        "aligned",
+        description="where step k stands when it drafts: at the trunk's position with a cache of its own, as it is trained; or k - 1 "
+        "positions further in one cache, as engines serve a repeated block. The text is the same, acceptance is not",
+    )
     detach: bool = Field(False, description="train the prediction blocks alone: no gradient into trunk, embedding and head")
     own_embedding: bool = Field(False, description="a token embedding of its own, as LongCat's checkpoints have; false: the trunk's")
     own_ngram_tables: bool = Field(
@@ -42,6 +47,8 @@ class MTPConfig(BlockConfig):
             raise ValueError(f"loss_weight_schedule has shares {shares}, which must rise and lie between 0 and 1")
         if any(weight < 0 for _, weight in self.loss_weight_schedule):
             raise ValueError("loss_weight_schedule has a negative weight")
+        if self.draft_positions == "chained" and not self.repeat_block:
+            raise ValueError("draft_positions chained needs repeat_block, whose one cache the steps share")
         if self.own_ngram_tables and not self.own_embedding:
             raise ValueError("own_ngram_tables needs own_embedding")
         return self

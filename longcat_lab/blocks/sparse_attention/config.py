@@ -76,6 +76,11 @@ class DSAConfig(MLAConfig):
         "indexers stand at the second attention of a shortcut layer)",
     )
     dsa_mtp_cli: bool = Field(False, description="prediction steps after the first take the first one's selection")
+    index_mtp_newest: Literal["slide", "append", "reuse"] = Field(
+        "slide",
+        description="chained drafts that share a selection: keys newer than it. The window moves on with the query; or they are added to "
+        "it; or they stay out, the query's own too. Which one LongCat serves is not known",
+    )
     index_k_norm_type: Literal["layer", "rms"] = Field(
         "layer", description="norm of the index key: LayerNorm with bias, or the model's own"
     )
