@@ -180,6 +180,13 @@ def test_settings_that_do_not_fit_are_told(settings, said):
         load("tiny", *BASE, *settings)
 
 
+def test_a_pipeline_stage_may_not_begin_inside_a_group():
+    attention = load("tiny", *BASE, "model.attention.cli_factor=4", "model.attention.cli_offset=2").model.attention
+    attention.check_stages([0, 2, 6, 10])
+    with pytest.raises(ConfigError, match=r"begins at attention 4, inside the group of cli_factor 4 that begins at 2.*attention 2 or 6"):
+        attention.check_stages([0, 2, 4])
+
+
 # --- cores --------------------------------------------------------------------------------------------------------------------
 
 

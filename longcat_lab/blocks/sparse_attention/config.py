@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,7 @@ from longcat_lab.blocks.mla.config import MLAConfig
 from longcat_lab.blocks.sparse_attention.module import SparseAttention
 from longcat_lab.blocks.sparse_attention.op import mean_selected
 from longcat_lab.blocks.sparse_attention.selection import IndexerSelection
-from longcat_lab.node import Node
+from longcat_lab.node import ConfigError, Node
 
 LAYER_NORM_EPS = 1e-6  # of DSA's key norm, whatever the model's own norms have
 
@@ -126,6 +127,20 @@ class DSAConfig(MLAConfig):
     def place(self, attention_index: int) -> int:
         """How many attentions of its group come before it; 0 for the one that selects."""
         return attention_index if attention_index < self.cli_offset else (attention_index - self.cli_offset) % self.cli_factor
+
+    def check_stages(self, starts: Iterable[int]) -> None:
+        """For pipelines: raises ConfigError where a stage would begin inside a group, whose index lives on one stage.
+
+        Args:
+            starts: number of the first attention of each stage.
+        """
+        for start in starts:
+            if self.place(start):
+                first = start - self.place(start)
+                raise ConfigError(
+                    f"A pipeline stage begins at attention {start}, inside the group of cli_factor {self.cli_factor} that begins at "
+                    f"{first}: let it begin at attention {first} or {first + self.cli_factor}."
+                )
 
     def owns_index(self, shape: ModelShape) -> bool:
         """Whether the attention at `shape.attention_index` has an indexer of its own."""
