@@ -104,6 +104,9 @@ class TrainingConfig(Node):
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.parquet")
     evaluate_every: int | None = Field(None, ge=1, description="steps between validations; empty: only at the end")
     evaluation_sequences: int = Field(128, ge=1, description="sequences of each held-out split, always the same ones")
+    attention_measures: int = Field(
+        0, ge=0, description="sequences of the validation split on which attention is measured at the end (overlap, coverage); 0: not"
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep_model: bool = Field(True, description="leave the trained weights in the run's folder")
     evaluations: dict[str, dict[str, Any]] = Field(

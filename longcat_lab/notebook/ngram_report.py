@@ -16,7 +16,7 @@ from longcat_lab.config import OptimizerConfig, RunConfig
 from longcat_lab.data import Corpus
 from longcat_lab.errors import LabError
 from longcat_lab.model import build
-from longcat_lab.training.fit import training_loader
+from longcat_lab.training.batches import training_loader
 from longcat_lab.training.run import Run
 from longcat_lab.training.table_optimizer import once_hit_displacement
 

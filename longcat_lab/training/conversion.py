@@ -17,8 +17,6 @@ from longcat_lab.config import RunConfig
 from longcat_lab.errors import LabError
 from longcat_lab.training.optimizer import roles
 
-WARMUP_STREAM = 1 << 56  # added to the seed of the data's order
-
 
 def check(config: RunConfig) -> None:
     """Raises LabError where the model has nothing to convert."""

@@ -9,6 +9,7 @@ from torch import nn
 from longcat_lab.config import RunConfig
 from longcat_lab.data import Batch, Corpus, bits_per_byte, evaluation_batches, label_bytes, scored, shuffled
 from longcat_lab.model.generate import evaluating
+from longcat_lab.training.attention_measures import evaluate_attention
 from longcat_lab.training.device import autocast
 from longcat_lab.training.prediction import accepted_length, evaluate_steps
 from longcat_lab.training.probe_evaluation import evaluate_probe
@@ -39,8 +40,8 @@ def evaluate(model: nn.Module, corpus: Corpus, config: RunConfig, split: str, co
 
 def evaluate_all(model: nn.Module, corpus: Corpus, config: RunConfig) -> dict[str, float]:
     """validation_bpb, shuffled_bpb (validation text with its token order destroyed), out_of_distribution_bpb if there is such text, and
-    the measures of `prediction.py` if the model predicts further ahead, those of `probe_evaluation.py` if it is trained on a probe; all
-    bits per byte are of the trunk alone.
+    the measures of `prediction.py` if the model predicts further ahead, those of `probe_evaluation.py` if it is trained on a probe,
+    those of `attention_measures.py` if asked for; all bits per byte are of the trunk alone.
     """
     found = {
         "validation_bpb": evaluate(model, corpus, config, "validation"),
@@ -52,6 +53,8 @@ def evaluate_all(model: nn.Module, corpus: Corpus, config: RunConfig) -> dict[st
         found.update({**evaluate_steps(model, corpus, config), **accepted_length(model, corpus, config)})
     if config.data.probe is not None:
         found.update(evaluate_probe(model, corpus, config))
+    if config.training.attention_measures:
+        found.update(evaluate_attention(model, corpus, config))
     return found
 
 

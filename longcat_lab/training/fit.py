@@ -13,13 +13,14 @@ import torch
 
 from longcat_lab.budget import totals
 from longcat_lab.config import RunConfig
-from longcat_lab.data import Batch, Corpus, Loader, ProbeLoader, prepare
+from longcat_lab.data import Loader, prepare
 from longcat_lab.data.batch import window_count
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json, write_whole
 from longcat_lab.model import build
 from longcat_lab.model.memory import check_memory
 from longcat_lab.training import checkpoint, conversion, device, evaluation_arms, growth, mechanisms, provenance
+from longcat_lab.training.batches import Batches
 from longcat_lab.training.evaluation import entry_measures, evaluate, evaluate_all
 from longcat_lab.training.loss import plan_step, step_loss
 from longcat_lab.training.optimizer import added_bytes, clip, make_optimizer, set_learning_rate, split, split_table
@@ -27,8 +28,6 @@ from longcat_lab.training.run import Run
 from longcat_lab.training.schedule import learning_rate_factor
 from longcat_lab.training.sitting import alone_in, finish_the_step
 from longcat_lab.training.trackers import FileTracker, WandbTracker
-
-DATA_SEED_STRIDE = 1_000_003  # keeps (data.seed, seed) pairs apart in one number
 
 
 def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = True, stop: Callable[[], bool] | None = None) -> Run:
@@ -60,14 +59,6 @@ def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = T
     return Run(folder)
 
 
-def training_loader(config: RunConfig, corpus: Corpus, stream: int = 0) -> Loader:
-    """The batches that `fit` trains on, from the first one on; `stream` is added to the seed of their order."""
-    seed = config.data.seed * DATA_SEED_STRIDE + config.seed + stream
-    if config.data.probe is not None:
-        return ProbeLoader(corpus, config.data, seed)
-    return Loader(corpus.split("train"), config.data.sequence_length, config.data.batch_size, seed)
-
-
 class _Session:
     """One sitting of a run: set-up, loop, end. What must survive it is in the run's folder."""
 
@@ -95,11 +86,11 @@ class _Session:
         check_memory(whole, device.free_bytes(self.device), "train", added_bytes(whole, config.training.optimizer))
         torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
         self._assemble(checkpoint.latest_step(folder))
-        self.loader = training_loader(config, self.corpus)
+        self.batches = Batches(config, self.corpus)
         # Since the last logged row: summed losses, steps, seconds.
         self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
         self.seconds, self.step, self.initial = 0.0, 0, {}
-        self.stage, self.warmup_loader = "", None
+        self.stage = ""
         self._resume()
         self.sinks = [FileTracker(folder, self.step)]
         if config.tracking.wandb != "off":
@@ -146,7 +137,7 @@ class _Session:
             self.initial = {f"{key}_initial": value for key, value in entry_measures(self.model, batch).items()}
             return
         self.step, self.seconds, self.window, self.initial = (state[key] for key in ("step", "seconds", "window", "initial"))
-        self.loader.load_state_dict(state["loader"])
+        self.batches.load_state_dict(state["loader"])
 
     def run(self) -> None:
         """Trains to the end, or records why not."""
@@ -205,22 +196,13 @@ class _Session:
                     return True
         return False
 
-    def _next_batch(self, stage: str) -> Batch:
-        """The batch of this step: the warm-up of indexers has batches of its own, which the other steps do not miss."""
-        if stage != "warmup":
-            return next(self.loader)
-        if self.warmup_loader is None:
-            self.warmup_loader = training_loader(self.config, self.corpus, conversion.WARMUP_STREAM)
-        self.warmup_loader.samples_seen = (self.step - self.config.training.conversion.dense_steps) * self.config.data.batch_size
-        return next(self.warmup_loader)
-
     def _learning_rate_factor(self, step: int) -> float:
         return learning_rate_factor(*conversion.schedule_clock(self.config, step), self.config.training.schedule)
 
     def _one_step(self) -> tuple[dict[str, float], float]:
         """One optimizer step on a global batch: its losses (`loss`: nats a label) and its gradient norm before clipping."""
         training, stage = self.config.training, conversion.stage_at(self.config, self.step)
-        batch = self._next_batch(stage)
+        batch = self.batches.next(self.step, stage)
         if stage == "warmup" or stage != self.stage:  # evaluation puts all of the model into training again
             conversion.enter(self.model, stage)
             self.stage = stage
@@ -271,7 +253,7 @@ class _Session:
         )
 
     def _checkpoint(self) -> None:
-        state = {"seconds": self.seconds, "window": self.window, "initial": self.initial, "loader": self.loader.state_dict()}
+        state = {"seconds": self.seconds, "window": self.window, "initial": self.initial, "loader": self.batches.state_dict()}
         checkpoint.save(self.folder, self.identity, self.step, self.model, self.optimizer, state)
         self.sinks[0].save()
 
@@ -287,7 +269,7 @@ class _Session:
             **found,
             "train_loss": rows[-1]["loss"],
             "tokens": rows[-1]["tokens"],
-            "epochs": self.loader.epoch,
+            "epochs": self.batches.epoch,
             **self.initial,
             **{f"{key}_final": value for key, value in entry_measures(self.model, batch).items()},
             **mechanisms.over_blocks(means),

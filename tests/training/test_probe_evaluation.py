@@ -12,7 +12,7 @@ import longcat_lab as lab
 from longcat_lab.config import load
 from longcat_lab.data import IGNORED, evaluation_batches, evaluation_probes, prepare, scored
 from longcat_lab.training.evaluation import evaluate
-from longcat_lab.training.fit import training_loader
+from longcat_lab.training.batches import training_loader
 from longcat_lab.training.probe_evaluation import evaluate_probe, loss_by_position
 
 RECALL = ["data.probe.kind=recall", "data.probe.pairs=5", "data.probe.queries=5"]

@@ -50,13 +50,14 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: fl
 
 
 def _fast(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
-    if tensors[0].device.type == "cuda":
-        try:
-            from longcat_kernels import triton_indexing, triton_sparse_attention
-        except ImportError:  # no Triton, or an installation of longcat_lab alone
-            return None
-        return getattr(triton_sparse_attention if name == "sparse_attention" else triton_indexing, name)
-    return _compiled(name, *tensors)
+    if tensors[0].device.type == "cpu":
+        return _compiled(name, *tensors)
+    try:
+        from longcat_kernels import triton_indexing, triton_sparse_attention
+    except ImportError:  # no Triton, or an installation of longcat_lab alone
+        return None
+    place = triton_sparse_attention if name == "sparse_attention" else triton_indexing
+    return getattr(place, name) if triton_indexing.takes(*tensors) else None
 
 
 def _compiled(name: str, *tensors: Tensor) -> Callable[..., Any] | None:

@@ -1,0 +1,48 @@
+"""The batches of a run: those of the language model, and beside them those of the indexers' warm-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longcat_lab.config import RunConfig
+from longcat_lab.data import Batch, Corpus, Loader, ProbeLoader
+
+DATA_SEED_STRIDE = 1_000_003  # keeps (data.seed, seed) pairs apart in one number
+WARMUP_STREAM = 1 << 56  # of the warm-up's own order
+
+
+def training_loader(config: RunConfig, corpus: Corpus, stream: int = 0) -> Loader:
+    """The batches that `fit` trains on, from the first one on; `stream` is added to the seed of their order."""
+    seed = config.data.seed * DATA_SEED_STRIDE + config.seed + stream
+    if config.data.probe is not None:
+        return ProbeLoader(corpus, config.data, seed)
+    return Loader(corpus.split("train"), config.data.sequence_length, config.data.batch_size, seed)
+
+
+class Batches:
+    """What each step reads. The warm-up of indexers reads batches of its own, which the other steps do not miss."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        self.config, self.corpus = config, corpus
+        self.language, self.warmup = training_loader(config, corpus), None
+
+    def next(self, step: int, stage: str) -> Batch:
+        """The batch of optimizer step `step`, which is in `stage`."""
+        if stage != "warmup":
+            return next(self.language)
+        if self.warmup is None:
+            self.warmup = training_loader(self.config, self.corpus, WARMUP_STREAM)
+        self.warmup.samples_seen = (step - self.config.training.conversion.dense_steps) * self.config.data.batch_size
+        return next(self.warmup)
+
+    @property
+    def epoch(self) -> float:
+        """Times the language model has read the training split."""
+        return self.language.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.language.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises LabError where the state is of other data; the warm-up's place follows from the step."""
+        self.language.load_state_dict(state)
