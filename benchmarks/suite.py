@@ -10,8 +10,10 @@ from torch import Tensor
 
 from benchmarks.attention import attention
 from benchmarks.harness import Row, compare
+from benchmarks.indexing import indexing
 from benchmarks.mixture import mixture, unused_experts
 from benchmarks.ngram import ngram_addresses, ngram_fusion, ngram_step, table_optimizers
+from benchmarks.sparse_core import sparse_core
 from benchmarks.training_step import training_step
 from longcat_lab.blocks.moe import experts_op
 from longcat_lab.blocks.moe.router_op import route_reference
@@ -87,7 +89,7 @@ def small_ops() -> Iterator[Row]:
 SUITE = {
     function.__name__: function
     for function in (
-        *(experts, zero_experts, mixture, unused_experts, attention, training_step),
+        *(experts, zero_experts, mixture, unused_experts, attention, indexing, sparse_core, training_step),
         *(ngram_addresses, ngram_fusion, ngram_step, table_optimizers, small_ops),
     )
 }

@@ -105,10 +105,13 @@ def _load(path: Path, blas: list[ctypes.c_void_p]) -> ctypes.CDLL:
     loaded.longcat_sort_picks.restype = whole
     forms = {  # arguments of both directions, then the pointers that the backward one adds
         "longcat": ([pointer] * 7 + [whole] * 6 + [pointer], 4),
+        "longcat_sparse": ([pointer] * 8 + [ctypes.c_double, whole], 4),
         "longcat_attention": ([pointer] * 8 + [ctypes.c_double, whole], 4),
+        "longcat_selected": ([pointer] * 6 + [whole], 4),
         "longcat_gated": ([pointer] * 2 + [whole] * 2 + [pointer], 2),
     }
     for suffix in SUFFIX.values():
+        getattr(loaded, f"longcat_index_topk_{suffix}").argtypes = [pointer] * 6 + [whole]
         for name, (arguments, added) in forms.items():
             getattr(loaded, f"{name}_forward_{suffix}").argtypes = arguments
             getattr(loaded, f"{name}_backward_{suffix}").argtypes = [*arguments, *[pointer] * added]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -76,6 +76,12 @@ class ProbeConfig(Node):
     filler: Literal["text", "random", "blank"] = Field(
         "text", description="Tokens around what is told: text of the source, random tokens that tell nothing, or one token again and again."
     )
+    lengths: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="Easy probes among hard ones: each training sequence is packed with probes of one of these lengths, each a document of "
+        "its own, and a probe too large for its length is made smaller; none means one whole probe a sequence.",
+    )
     evaluation_episodes: int = Field(256, ge=1, description="Probes of each length that the model is tested on, always the same ones.")
     evaluation_lengths: list[int] | None = Field(
         None, min_length=1, description="Lengths of these probes, in tokens; none means data.sequence_length alone."
@@ -86,6 +92,10 @@ class ProbeConfig(Node):
 
     def shortest(self) -> int:
         """Tokens of the shortest sequence that the task fits into."""
+        raise NotImplementedError
+
+    def within(self, length: int) -> Self:
+        """The same task, made smaller where it does not fit into `length` tokens; where that is impossible, as small as it can be."""
         raise NotImplementedError
 
     def ids(self) -> int:
@@ -99,21 +109,23 @@ class Recall(ProbeConfig):
     kind: Literal["recall"] = Field("recall", description="Probe: pairs of tokens, then keys whose values are asked for.")
     filler: Literal["text", "random", "blank"] = Field("blank", description="Tokens around the pairs, where a sequence has room for any.")
     pairs: int = Field(8, ge=1, description="Pairs of a key and a value in a sequence; its keys differ.")
-    queries: int = Field(8, ge=1, description="Keys that are asked for at the end of the sequence; at most the pairs.")
+    queries: int = Field(8, ge=1, description="Keys that are asked for at the end of the sequence, each drawn anew: what was asked rules nothing out.")
     key_tokens: int = Field(64, ge=1, description="Token ids that keys are drawn from.")
     value_tokens: int = Field(64, ge=2, description="Token ids that values are drawn from; chance is 1 / value_tokens.")
     places: Literal["random", "front"] = Field("random", description="Where the pairs stand before the queries: anywhere, or all in front.")
 
     @model_validator(mode="after")
     def _possible(self) -> Recall:
-        if self.queries > self.pairs:
-            raise ValueError(f"queries {self.queries} is above pairs {self.pairs}: each key is asked for once at most")
         if self.pairs > self.key_tokens:
             raise ValueError(f"pairs {self.pairs} is above key_tokens {self.key_tokens}: the keys of a sequence differ, raise key_tokens")
         return self
 
     def shortest(self) -> int:
         return 2 * (self.pairs + self.queries) - 1  # the last value is a label alone
+
+    def within(self, length: int) -> Recall:
+        pairs = self.pairs if length >= self.shortest() else min(self.pairs, max(1, (length + 1) // 4))
+        return self.model_copy(update={"pairs": pairs, "queries": min(self.queries, max(1, (length + 1) // 2 - pairs))})
 
     def ids(self) -> int:
         return self.key_tokens + self.value_tokens
@@ -142,6 +154,9 @@ class Needle(ProbeConfig):
         # Two needles more than there are: wherever the one that is asked for stands, the others find room on its two sides.
         return self.length * (2 + (self.others and self.others + 1)) - 1
 
+    def within(self, length: int) -> Needle:
+        return self
+
     def ids(self) -> int:
         return self.key_tokens + self.value_tokens
 
@@ -155,6 +170,9 @@ class MultiKey(Needle):
     @property
     def others(self) -> int:
         return self.needles
+
+    def within(self, length: int) -> MultiKey:
+        return self.model_copy(update={"needles": min(self.needles, max(0, (length + 1) // self.length - 3))})
 
     @model_validator(mode="after")
     def _possible(self) -> MultiKey:
@@ -183,6 +201,10 @@ class Copy(ProbeConfig):
 
     def shortest(self) -> int:
         return self.string_length + 1 + max(self.distance, self.string_length)
+
+    def within(self, length: int) -> Copy:
+        size = min(self.string_length, max(1, (length - 1) // 2))
+        return self.model_copy(update={"string_length": size, "distance": min(self.distance, max(1, length - 1 - size))})
 
     def ids(self) -> int:
         return self.string_tokens
@@ -216,6 +238,13 @@ class DataConfig(Node):
                 raise ValueError(
                     f"{name} {length} is too short for this {self.probe.kind} probe, which needs {self.probe.shortest()} tokens: "
                     f"lengthen it or make the probe smaller"
+                )
+        for length in (self.probe.lengths if self.probe is not None else None) or ():
+            least = self.probe.within(length).shortest()
+            if not least <= length <= self.sequence_length:
+                raise ValueError(
+                    f"probe.lengths has {length}: a {self.probe.kind} probe has {least} tokens at least, and sequence_length is "
+                    f"{self.sequence_length}"
                 )
         if self.probe is not None and self.probe.far is not None and self.probe.far > max(self.probe_lengths()):
             raise ValueError(f"probe.far {self.probe.far} is above the longest probe ({max(self.probe_lengths())} tokens): lower it")

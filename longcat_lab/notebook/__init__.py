@@ -2,6 +2,15 @@
 
 from longcat_lab.notebook.drafting import after_real_text, drafting_table, prompts, with_steps
 from longcat_lab.notebook.figures import architecture_costs, curves, differences
+from longcat_lab.notebook.figures_attention import (
+    attention_likeness,
+    fixed_share,
+    index_divergence,
+    likeness_by_distance,
+    position_losses,
+    probe_accuracy,
+    selection_maps,
+)
 from longcat_lab.notebook.figures_moe import activated_range, class_experts, expert_load, held_budget, mixture_measures
 from longcat_lab.notebook.figures_mtp import drafting, step_losses, step_quality
 from longcat_lab.notebook.figures_ngram import collision_lattice, collision_spikes, hit_rate, joint_uniqueness, table_load
@@ -26,6 +35,7 @@ __all__ = [
     "activated_range",
     "after_real_text",
     "architecture_costs",
+    "attention_likeness",
     "class_experts",
     "collision_lattice",
     "collision_spikes",
@@ -38,16 +48,22 @@ __all__ = [
     "drafting_table",
     "expert_load",
     "experts_by_class",
+    "fixed_share",
     "held_budget",
     "hit_rate",
+    "index_divergence",
     "joint_sweep",
     "joint_uniqueness",
+    "likeness_by_distance",
     "mixture_measures",
     "once_hit_displacements",
+    "position_losses",
+    "probe_accuracy",
     "prompts",
     "row_counts",
     "row_norm_by_frequency",
     "row_use",
+    "selection_maps",
     "show",
     "slope_by_seed",
     "starting_scale",

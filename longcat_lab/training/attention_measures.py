@@ -36,6 +36,7 @@ class AttentionMeasures:
 
     names, places: of the modules, in the order in which they run; place of each in its index group (0 where there are no groups).
     topk, sinks, window: K, and the fixed keys, that were asked about.
+    longest: keys of the longest sequence, T. chance: mean of K / keys seen: what K keys at random share with any others, and cover.
     uncovered: 1 - p on the keys that the attention uses; NaN where it uses all.
     missed: 1 - |keys used ∩ the attention's own top-K of p| / K; NaN likewise.
     fixed_uncovered: 1 - p on sinks and window; NaN where there are none.
@@ -50,6 +51,8 @@ class AttentionMeasures:
     sinks: int
     window: int
     queries: int
+    longest: int
+    chance: float
     uncovered: np.ndarray
     missed: np.ndarray
     fixed_uncovered: np.ndarray
@@ -63,15 +66,16 @@ class AttentionMeasures:
 
     @property
     def summary(self) -> dict[str, float]:
-        """The same as numbers with names; what was not measured is left out.
+        """The same as numbers with names, lower is better where one is better; what was not measured is left out.
 
-        `uncovered` and `topk_missed` (also `_place_P` where attentions share a selection, and `_attention_I`), `topk_uncovered` (what
-        the best K keys leave out), `fixed_uncovered` and `fixed_uncovered_position_0` ... `_7`; for distances D up to 8
-        `overlap_distance_D` with the least of its pairs (`_min`), and `reuse_uncovered_distance_D` with its worst (`_max`).
+        `attention_queries`; `uncovered` and `topk_missed` (also `_place_P` where attentions share a selection, and `_attention_I`),
+        `topk_uncovered` (what the best K keys leave out), `fixed_uncovered` and `fixed_uncovered_position_0` ... `_7`; for distances D
+        up to 8 `overlap_distance_D` with the least of its pairs (`_min`), and `reuse_uncovered_distance_D` with its worst (`_max`).
         """
         if not self.queries:
             return {}
-        found = {"topk_uncovered": float(1 - self.coverage.diagonal().mean()), "fixed_uncovered": float(self.fixed_uncovered.mean())}
+        found = {"attention_queries": float(self.queries), "topk_uncovered": float(1 - self.coverage.diagonal().mean())}
+        found["fixed_uncovered"] = float(self.fixed_uncovered.mean())
         found.update({f"fixed_uncovered_position_{i}": float(each) for i, each in enumerate(_mean(self.fixed_by_position))})
         for name, values in (("uncovered", self.uncovered), ("topk_missed", self.missed)):
             found[name] = float(_mean(values[:, None])[0])
@@ -100,7 +104,7 @@ class _Totals:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(*size, dtype=torch.float64)
 
-        self.covered, self.hits = zeros(attentions), zeros(attentions)
+        self.covered, self.hits, self.selects = zeros(attentions), zeros(attentions), torch.zeros(attentions, dtype=torch.bool)
         self.overlap, self.coverage = zeros(attentions, attentions), zeros(attentions, attentions)
         # By the number of keys that a query sees.
         self.counts, self.fixed = zeros(1), zeros(1, attentions)
@@ -123,10 +127,10 @@ class _Totals:
         mass = torch.stack([attention_mass(each.q, each.k, first, each.scale, begin, end)[counted] for each in passes])
         best = torch.stack([members(select(each[None], seen[None], topk)[0], keys) for each in mass])
         for place, each in enumerate(passes):
-            if each.used is not None:
-                used = members(each.used[:, begin:end][counted], keys)
-                self.covered[place] += (mass[place] * used).sum(-1).cpu().double().sum()
-                self.hits[place] += (best[place] & used).sum().cpu()
+            used = seen if each.used is None else members(each.used[:, begin:end][counted], keys)
+            self.covered[place] += (mass[place] * used).sum(-1).cpu().double().sum()
+            self.hits[place] += (best[place] & used).sum().cpu()
+            self.selects[place] |= each.used is not None
         number = seen.sum(-1).cpu()
         self.counts.index_add_(0, number, torch.ones(len(number), dtype=torch.float64))
         self.fixed.index_add_(0, number, (mass * fixed_keys(seen, sinks, window)).sum(-1).T.cpu().double())
@@ -172,7 +176,6 @@ def _measures(total: _Totals, passes: list[AttentionPass], fixed: tuple[int, int
     topk, sinks, window = fixed
     queries, longest = float(total.counts.sum()), len(total.counts) - 1
     share = 1 / queries if queries else float("nan")
-    dense = torch.tensor([each.used is None for each in passes])
     number = torch.arange(longest + 1)
     part = ((number - topk - 1).clamp(min=0) * POSITIONS // max(1, longest - topk)).clamp(max=POSITIONS - 1)
     counts = torch.zeros(POSITIONS, dtype=torch.float64).index_add_(0, part, total.counts)
@@ -185,8 +188,10 @@ def _measures(total: _Totals, passes: list[AttentionPass], fixed: tuple[int, int
         sinks=sinks,
         window=window,
         queries=int(queries),
-        uncovered=(1 - total.covered * share).masked_fill(dense, torch.nan).numpy(),
-        missed=(1 - total.hits * share / topk).masked_fill(dense, torch.nan).numpy(),
+        longest=longest,
+        chance=float((total.counts * topk / number.clamp(min=1)).sum() * share),
+        uncovered=(1 - total.covered * share).masked_fill(~total.selects, torch.nan).numpy(),
+        missed=(1 - total.hits * share / topk).masked_fill(~total.selects, torch.nan).numpy(),
         fixed_uncovered=(torch.full((len(passes),), torch.nan) if no_fixed else 1 - total.fixed.sum(0) * share).double().numpy(),
         fixed_by_position=(1 - by_position / counts[:, None]).masked_fill(torch.tensor(no_fixed), torch.nan).T.numpy(),
         overlap=(total.overlap * share / topk).numpy(),

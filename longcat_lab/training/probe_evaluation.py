@@ -30,7 +30,8 @@ class _Answers:
 
 @torch.no_grad()
 def evaluate_probe(model: nn.Module, corpus: Corpus, config: RunConfig) -> dict[str, float]:
-    """Answers to the fixed probes of `config.data.probe`, each token predicted from the true ones before it.
+    """Answers to the fixed probes of `config.data.probe`, each token predicted from the true ones before it; a question that was asked
+    and answered before in the same probe does not count.
 
     Returns:
         over the questions of all evaluation lengths together: `probe_accuracy` (all tokens of the answer are the most likely ones),
@@ -55,11 +56,10 @@ def evaluate_probe(model: nn.Module, corpus: Corpus, config: RunConfig) -> dict[
         for batch, episodes in evaluation_probes(corpus, probe, length, size):
             losses, right = _answered(model, batch, episodes, config.training.precision)
             nats, hits, tokens = nats + float(losses.double().sum()), hits + int(right.sum()), tokens + right.numel()
-            whole = right.all(dim=-1).numpy().ravel()
-            seen.right.append(whole)
-            seen.length.append(np.full(len(whole), length))
-            seen.depth.append(np.concatenate([each.depths for each in episodes]))
-            seen.distance.append(np.concatenate([each.distances for each in episodes]))
+            seen.right.append(right.all(dim=-1).numpy())
+            seen.length.append(np.full(len(right), length))
+            seen.depth.append(np.concatenate([each.depths[each.counted] for each in episodes]))
+            seen.distance.append(np.concatenate([each.distances[each.counted] for each in episodes]))
     right, lengths, depths, distances = (np.concatenate(each) for each in (seen.right, seen.length, seen.depth, seen.distance))
     groups = {f"probe_accuracy_length_{length}": lengths == length for length in data.probe_lengths()}
     bins = np.minimum((depths * DEPTH_BINS).astype(np.int64), DEPTH_BINS - 1)
@@ -73,13 +73,13 @@ def evaluate_probe(model: nn.Module, corpus: Corpus, config: RunConfig) -> dict[
 
 
 def _answered(model: nn.Module, batch: Batch, episodes: list[Episode], precision: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats of each answer token, and whether it is the most likely one: both [B, Q, A]."""
+    """Nats of each answer token, and whether it is the most likely one: both [questions that count, A]."""
     device = next(model.parameters()).device
-    places = torch.from_numpy(np.stack([each.answers for each in episodes])) - 1  # where the answers are predicted
-    rows = torch.arange(len(places))[:, None, None]
+    places = torch.from_numpy(np.concatenate([each.answers[each.counted] for each in episodes])) - 1  # where answers are predicted
+    rows = torch.from_numpy(np.repeat(np.arange(len(episodes)), [each.counted.sum() for each in episodes]))[:, None]
     with evaluating(model), autocast(device, precision):
         hidden = model.hidden(batch.tokens.to(device), batch.document_ids.to(device))
-        logits = model.lm_head(model.norm(hidden[rows.to(device), places.to(device)])).float().cpu()  # [B, Q, A, V]
+        logits = model.lm_head(model.norm(hidden[rows.to(device), places.to(device)])).float().cpu()  # [questions, A, V]
     labels = batch.labels[rows, places]
     return F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none"), logits.argmax(-1) == labels
 

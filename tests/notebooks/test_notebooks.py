@@ -24,6 +24,18 @@ SMOKE = {
         "run_folder": str(tmp / "ngram"),
         "progress": False,
     },
+    "30_sparse_attention": lambda tmp: {
+        "preset": "tiny",
+        "dense_steps": 8,
+        "warmup_steps": 6,
+        "sparse_steps": 6,
+        "topk": 12,
+        "window": 6,
+        "sequences": 4,
+        "overrides": ["training.schedule.warmup_steps=1", "model.num_layers=1"],
+        "run_folder": str(tmp / "attention"),
+        "progress": False,
+    },
     "40_mtp": lambda tmp: {"preset": "tiny", "steps": 20, "overrides": [], "run_folder": str(tmp / "mtp"), "progress": False},
     "run": lambda tmp: {"preset": "tiny"},
     "report": None,  # executed by the sweep's own test, on a real sweep

@@ -79,7 +79,7 @@ class MTPConfig(BlockConfig):
     def check(self, shape: ModelShape) -> None:
         attention, (layer, place) = shape.attention, self.inner(shape)
         first = replace(place, attention_index=place.layer_index * (1 if layer.kind == "decoder" else 2))
-        if hasattr(attention, "owns_index") and not attention.owns_index(first):
+        if hasattr(attention, "place") and attention.place(first.attention_index):
             raise ConfigError("model.mtp: its attention would reuse an index that no layer before it owns: make num_layers fit cli_factor.")
         if self.own_ngram_tables and getattr(shape.embedding, "ngram", None) is None:
             raise ConfigError(

@@ -55,7 +55,7 @@ def kept_pages(
     holds = seen.unflatten(-1, (-1, page)).any(-1)
     best = select(scores, holds & ~own, pages - 1).long()
     kept = own | torch.zeros(batch, queries, own.shape[-1] + 1, dtype=torch.bool, device=q.device).scatter(-1, best + 1, True)[..., 1:]
-    return kept | (seen.sum(-1, keepdim=True) <= pages * page)
+    return kept | (holds & (seen.sum(-1, keepdim=True) <= pages * page))
 
 
 def hierarchical_topk(

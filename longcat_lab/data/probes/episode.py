@@ -20,6 +20,7 @@ class Episode:
     tokens: np.ndarray  # int64 [T + 1]
     answers: np.ndarray  # int64 [Q, A]: places of the answers' tokens, 1 to T
     sources: np.ndarray  # int64 [Q]: place where the answer's first token was told
+    counted: np.ndarray  # bool [Q]: told there alone; not where the same was asked and answered before
     depths: np.ndarray  # float64 [Q]: 0 is told at the very beginning, towards 1 as late as the task allows
 
     @property
@@ -48,7 +49,9 @@ def _recall(probe: Recall, alphabet: Alphabet, length: int, random: np.random.Ra
     pairs, queries = probe.pairs, probe.queries
     keys = random.permutation(alphabet.own[: probe.key_tokens])[:pairs]
     values = random.choice(alphabet.own[probe.key_tokens :], size=pairs)
-    asked = random.permutation(pairs)[:queries]
+    # With each key asked for once, models learn what is left over long before they learn to look keys up.
+    asked = random.randint(0, pairs, size=queries)
+    counted = np.array([key not in asked[:i] for i, key in enumerate(asked)])
     room = length + 1 - 2 * queries
     starts = 2 * np.arange(pairs) if probe.places == "front" else _spread(pairs, 2, room, random)
     # A key in the filler would be told another value by what stands after it.
@@ -56,7 +59,7 @@ def _recall(probe: Recall, alphabet: Alphabet, length: int, random: np.random.Ra
     told = _insert(np.stack([keys, values], axis=1), starts, filler, room)
     tokens = np.concatenate([told, np.stack([keys[asked], values[asked]], axis=1).ravel()])
     answers = room + 1 + 2 * np.arange(queries)[:, None]
-    return Episode(tokens, answers, starts[asked] + 1, starts[asked] / (room - 1))
+    return Episode(tokens, answers, starts[asked] + 1, counted, starts[asked] / (room - 1))
 
 
 def _needle(probe: Needle, alphabet: Alphabet, length: int, random: np.random.RandomState, filler: np.ndarray) -> Episode:
@@ -71,7 +74,7 @@ def _needle(probe: Needle, alphabet: Alphabet, length: int, random: np.random.Ra
     ).astype(np.int64)
     tokens = np.concatenate([_insert(needles, starts, filler, room), needles[0]])
     answers = np.arange(length + 1 - probe.value_length, length + 1)[None]
-    return Episode(tokens, answers, starts[:1] + 1 + probe.key_length, np.array([start / (room - size + 1)]))
+    return Episode(tokens, answers, starts[:1] + 1 + probe.key_length, np.array([True]), np.array([start / (room - size + 1)]))
 
 
 def _copy(probe: Copy, alphabet: Alphabet, length: int, random: np.random.RandomState, filler: np.ndarray) -> Episode:
@@ -82,7 +85,7 @@ def _copy(probe: Copy, alphabet: Alphabet, length: int, random: np.random.Random
     start = random.randint(0, places)
     tokens = np.concatenate([_insert(marked[None], np.array([start]), filler, length - size), marked])
     answers = np.arange(length + 1 - size, length + 1)[None]
-    return Episode(tokens, answers, np.array([start + 1]), np.array([start / places]))
+    return Episode(tokens, answers, np.array([start + 1]), np.array([True]), np.array([start / places]))
 
 
 def _insert(pieces: np.ndarray, starts: np.ndarray, filler: np.ndarray, room: int) -> np.ndarray:

@@ -56,14 +56,35 @@ class ProbeLoader(Loader):
         batch = super().__next__()
         for row in range(len(batch.tokens)):
             if self.is_probe(first + row):
-                _write(batch, row, self.episode(first + row), self.probe.scored)
+                self._write(batch, row, self.episodes(first + row))
         return batch
 
-    def episode(self, sample: int) -> Episode:
-        """The probe with number `sample`."""
+    def episodes(self, sample: int) -> list[Episode]:
+        """The probes in sample number `sample`: one, or with `probe.lengths` as many of one length as a sequence has room for."""
         (window,) = self._order(np.array([sample]))
         text = _text(self.split, int(window), self.sequence_length)
-        return draw(self.probe, self.alphabet, self.sequence_length, _random(self.seed, TRAINING, sample), text)
+        random, length = _random(self.seed, TRAINING, sample), self.sequence_length
+        if self.probe.lengths is not None:
+            length = self.probe.lengths[random.randint(len(self.probe.lengths))]
+        probe, size = self.probe.within(length), length + 1
+        return [
+            draw(probe, self.alphabet, length, random, text[start : start + size]) for start in range(0, len(text) - size + 1, size)
+        ]
+
+    def _write(self, batch: Batch, row: int, episodes: list[Episode]) -> None:
+        """Puts probes into a row, each as one document; what room is left is blank and not scored."""
+        tokens = np.full(self.sequence_length + 1, self.alphabet.blank)
+        labels = np.full(self.sequence_length + 1, IGNORED)  # of the next token, at the next token's place
+        documents = np.full(self.sequence_length + 1, len(episodes))
+        start = 0
+        for number, episode in enumerate(episodes):
+            end = start + len(episode.tokens)
+            tokens[start:end], documents[start:end] = episode.tokens, number
+            places = episode.answers.ravel() if self.probe.scored == "answers" else np.arange(1, len(episode.tokens))
+            labels[start + places] = episode.tokens[places]
+            start = end
+        for tensor, values in ((batch.tokens, tokens[:-1]), (batch.labels, labels[1:]), (batch.document_ids, documents[:-1])):
+            tensor[row] = torch.from_numpy(values)
 
     def _what(self) -> dict[str, Any]:
         told = {key: value for key, value in self.probe.to_dict().items() if not key.startswith("evaluation_") and key != "far"}
@@ -85,22 +106,11 @@ def evaluation_probes(
             draw(probe, ids, length, _random(EVALUATION_SEED, EVALUATION, number, length), _text(text, number % count, length))
             for number in numbers
         ]
-        empty = torch.zeros(len(episodes), length, dtype=torch.int64)
-        batch = Batch(empty, empty.clone(), empty.clone())
-        for row, episode in enumerate(episodes):
-            _write(batch, row, episode, "answers")
-        yield batch, episodes
-
-
-def _write(batch: Batch, row: int, episode: Episode, scored: str) -> None:
-    """Puts a probe into a row, as one document."""
-    tokens = torch.from_numpy(episode.tokens)
-    labels = tokens[1:].clone()
-    if scored == "answers":
-        labels.fill_(IGNORED)
-        places = torch.from_numpy(episode.answers.ravel())
-        labels[places - 1] = tokens[places]
-    batch.tokens[row], batch.labels[row], batch.document_ids[row] = tokens[:-1], labels, 0
+        tokens = torch.from_numpy(np.stack([episode.tokens for episode in episodes]))
+        labels = torch.full_like(tokens, IGNORED)
+        places = torch.from_numpy(np.stack([episode.answers.ravel() for episode in episodes]))
+        labels.scatter_(1, places, tokens.gather(1, places))
+        yield Batch(tokens[:, :-1].contiguous(), labels[:, 1:].contiguous(), torch.zeros_like(tokens)[:, 1:].contiguous()), episodes
 
 
 def _text(split: TokenSplit, window: int, length: int) -> np.ndarray:
