@@ -2,7 +2,7 @@
 
 `available()` and `why_not()` say whether the operators can be had here, `takes(...)` whether for these tensors. On a CPU: `mixture`
 is a mixture's real-expert part, `attention` softmax attention under any mask, `silu_times` the activation of SwiGLU, `index_topk` and
-`hierarchical_topk` the selections of sparse attention, `selected_scores` the scores behind them.
+`hierarchical_topk` the selections of sparse attention, `selected_scores` the scores behind them, `sparse_attention` its core.
 """
 
 from __future__ import annotations
