@@ -82,11 +82,14 @@ def plan(ablation: Ablation, solution: Solution, folder: Path, notebook: Path, r
 
 
 def unmeasured(ablation: Ablation, job: Job, measured: Collection[str]) -> str | None:
-    """The sentence for the first metric of the question that a finished job does not have among `measured`, or None."""
+    """The sentence for the first metric of the question that neither a finished job nor an arm evaluated on its weights has among
+    `measured`, or None.
+    """
     wanted = [("metric", ablation.metric), *(("also", name) for name in ablation.also)]
     if ablation.vanishes:
         wanted.append(("vanishes.metric", ablation.vanishes.metric))
     known = [name for name in measured if name not in ("variant", "seed", "status", "reason", "identity") and "/" not in name]
+    known += [name.removeprefix(f"{arm}/") for arm in job.arms for name in measured if name.startswith(f"{arm}/")]
     for place, name in wanted:
         if name not in known:
             hint = nearest(name, known)

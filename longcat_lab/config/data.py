@@ -79,9 +79,10 @@ class ProbeConfig(Node):
     lengths: list[int] | None = Field(
         None,
         min_length=1,
-        description="Easy probes among hard ones: each training sequence is packed with probes of one of these lengths, each a document of "
-        "its own, and a probe too large for its length is made smaller; none means one whole probe a sequence.",
+        description="Easy probes first: training starts with sequences packed with probes of the first of these lengths, each a document "
+        "of its own and made smaller where it must be; then come the other lengths, then whole probes. None means whole ones at once.",
     )
+    length_samples: int = Field(3000, ge=1, description="Training sequences of each of `lengths`.")
     evaluation_episodes: int = Field(256, ge=1, description="Probes of each length that the model is tested on, always the same ones.")
     evaluation_lengths: list[int] | None = Field(
         None, min_length=1, description="Lengths of these probes, in tokens; none means data.sequence_length alone."

@@ -232,6 +232,19 @@ def test_a_metric_that_no_job_has_is_named_without_the_arms_names(tmp_path: Path
         run(path, tmp_path / "out", 1, rooms=ROOMS, executor=Pretend(finish), console=quiet())
 
 
+def test_a_metric_that_only_an_arm_has_is_one_of_the_questions(tmp_path: Path) -> None:
+    def only_the_arm_has_it(job: Job) -> int:
+        code = finish(job)
+        run = json.loads((job.folder / "run.json").read_text())
+        run["final"] |= {f"{arm}/uncovered": 0.5 for arm in job.arms}
+        (job.folder / "run.json").write_text(json.dumps(run))
+        return code
+
+    path, jobs = write_question(tmp_path, {"b": {}}, metric="uncovered", evaluate={"less": LESS}), Pretend(only_the_arm_has_it)
+    run(path, tmp_path / "out", 1, rooms=ROOMS, executor=jobs, console=quiet())
+    assert jobs.ran and set(load_results(tmp_path / "out").set_index("variant")["uncovered"].dropna()) == {0.5}
+
+
 def test_weights_that_nobody_trains_are_named_before_anything_is_written(tmp_path: Path) -> None:
     def refuse(config: Config) -> None:
         raise LabError(f"training.evaluations.{next(iter(config.training.evaluations))} needs tensors.")

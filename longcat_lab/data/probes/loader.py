@@ -60,12 +60,12 @@ class ProbeLoader(Loader):
         return batch
 
     def episodes(self, sample: int) -> list[Episode]:
-        """The probes in sample number `sample`: one, or with `probe.lengths` as many of one length as a sequence has room for."""
+        """The probes in sample number `sample`: one, or in the first samples, with `probe.lengths`, several short ones."""
         (window,) = self._order(np.array([sample]))
         text = _text(self.split, int(window), self.sequence_length)
         random, length = _random(self.seed, TRAINING, sample), self.sequence_length
-        if self.probe.lengths is not None:
-            length = self.probe.lengths[random.randint(len(self.probe.lengths))]
+        if self.probe.lengths is not None and sample < len(self.probe.lengths) * self.probe.length_samples:
+            length = self.probe.lengths[sample // self.probe.length_samples]
         probe, size = self.probe.within(length), length + 1
         return [
             draw(probe, self.alphabet, length, random, text[start : start + size]) for start in range(0, len(text) - size + 1, size)
