@@ -48,7 +48,8 @@ def main() -> None:
             f"lock: this is Python {sys.version.split()[0]}; the lock is made with the oldest allowed: make lock PYTHON=python{OLDEST[:4]}"
         )
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = described["project"]
     extras = project["optional-dependencies"]
     old = read_lock(LOCK)
     torch = args.torch or old.get("torch") or sys.exit("lock: say which torch: tools/lock.py --torch 2.13.0")
@@ -56,6 +57,7 @@ def main() -> None:
     free = {canonical(n) for n in args.upgrade} | {"torch", *alone}
     kept = {} if "all" in free else {n: v for n, v in old.items() if n not in free}
     wanted = project["dependencies"] + [r for extra, rs in extras.items() if extra != ALONE for r in rs]
+    wanted += described["dependency-groups"]["oracles"]
     wanted = [r for r in wanted if canonical(re.match(r"[\w.-]+", r)[0]) != "torch"] + [f"torch=={torch}"]
 
     build = ROOT / "build"

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,6 +122,11 @@ class Phases:
             raise SetupError(f"{failure} (all it said: {self.log.relative_to(ROOT)})")
 
 
+def oracles(root: Path) -> list[str]:
+    """Requirements of the group of that name in pyproject.toml: what tests hold against the code, and nothing else needs."""
+    return tomllib.loads((root / "pyproject.toml").read_text()).get("dependency-groups", {}).get("oracles", [])
+
+
 def install(venv: Path, lock: Path, extras: str, action: str, wanted: dict[str, str]) -> None:
     torch = pinned(lock, "torch")
     count = sum(1 for line in lock.read_text().splitlines() if "==" in line and not line.startswith("#"))
@@ -146,7 +152,7 @@ def install(venv: Path, lock: Path, extras: str, action: str, wanted: dict[str, 
     phases.run(f"torch {torch} (half a minute to minutes: 0.2 GB for processors, gigabytes with CUDA)", [*add, f"torch=={torch}"], failed)
     phases.run(
         f"longcat_lab[{extras}] and what it needs, at most {count} packages at the versions of {lock.name} (1 to 4 minutes)",
-        [*add, "--no-build-isolation", "--constraint", lock, "--editable", f"{ROOT}[{extras}]"],
+        [*add, "--no-build-isolation", "--constraint", lock, "--editable", f"{ROOT}[{extras}]", *oracles(ROOT)],
         failed,
     )
     phases.run("checking that the installed packages fit together", [*pip, "check"], "The installed packages disagree.")

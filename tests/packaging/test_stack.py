@@ -90,6 +90,17 @@ def test_lock_holds_the_whole_closure():
         todo += [r for r in below if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)]
 
 
+def test_oracles_are_locked_installed_and_required_by_nothing():
+    """They would change the text that the demo trains on, were they in an extra."""
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oracles = {canonicalize_name(Requirement(line).name): Requirement(line) for line in described["dependency-groups"]["oracles"]}
+    assert not oracles.keys() & {canonicalize_name(wanted.name) for _, wanted in requirements()}
+    for name, wanted in oracles.items():
+        version = lock()[name] if name != "triton" else Version("3.7.1")  # the lock leaves it to torch, whose CUDA builds pin this one
+        assert wanted.specifier.contains(version)
+        assert wanted.marker is not None and not wanted.marker.evaluate() or installed()[name].version == str(version)
+
+
 def test_npu_comes_only_when_asked_for():
     """torch-npu breaks `import torch` on a machine without CANN."""
     assert [where for where, r in requirements() if canonicalize_name(r.name) == "torch-npu"] == [ALONE]
