@@ -110,7 +110,9 @@ class Recall(ProbeConfig):
     kind: Literal["recall"] = Field("recall", description="Probe: pairs of tokens, then keys whose values are asked for.")
     filler: Literal["text", "random", "blank"] = Field("blank", description="Tokens around the pairs, where a sequence has room for any.")
     pairs: int = Field(8, ge=1, description="Pairs of a key and a value in a sequence; its keys differ.")
-    queries: int = Field(8, ge=1, description="Keys that are asked for at the end of the sequence, each drawn anew: what was asked rules nothing out.")
+    queries: int = Field(
+        8, ge=1, description="Keys that are asked for at the end of the sequence; each is drawn anew, so one may come twice."
+    )
     key_tokens: int = Field(64, ge=1, description="Token ids that keys are drawn from.")
     value_tokens: int = Field(64, ge=2, description="Token ids that values are drawn from; chance is 1 / value_tokens.")
     places: Literal["random", "front"] = Field("random", description="Where the pairs stand before the queries: anywhere, or all in front.")
@@ -179,7 +181,7 @@ class MultiKey(Needle):
     def _possible(self) -> MultiKey:
         if self.key_tokens**self.key_length <= self.needles:
             raise ValueError(
-                f"key_tokens {self.key_tokens} with key_length {self.key_length} gives too few keys for {self.needles + 1} needles: raise one"
+                f"key_tokens {self.key_tokens} with key_length {self.key_length} is too few for {self.needles + 1} needles: raise one"
             )
         return self
 
@@ -190,13 +192,13 @@ class Copy(ProbeConfig):
     kind: Literal["copy"] = Field("copy", description="Probe: a string of random tokens that is to be repeated at the end.")
     string_length: int = Field(16, ge=1, description="Tokens of the string; none of them twice.")
     string_tokens: int = Field(64, ge=2, description="Token ids that the string is drawn from.")
-    distance: int = Field(1, ge=1, description="Fewest tokens from an answer's query back to the token it repeats (never below string_length).")
+    distance: int = Field(1, ge=1, description="Fewest tokens from a query back to the token that it asks for (never below string_length).")
 
     @model_validator(mode="after")
     def _possible(self) -> Copy:
         if self.string_length > self.string_tokens:
             raise ValueError(
-                f"string_length {self.string_length} is above string_tokens {self.string_tokens}: no token is there twice, raise string_tokens"
+                f"string_length {self.string_length} is above string_tokens {self.string_tokens}: its tokens differ, raise string_tokens"
             )
         return self
 

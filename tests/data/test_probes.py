@@ -1,5 +1,6 @@
 """Probe tasks: they can be solved from what is shown, they are the same on every rank and after every stop, and they mask exactly."""
 
+import itertools
 import json
 import math
 
@@ -45,10 +46,16 @@ def same(a, b):
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "labels", "document_ids"))
 
 
+def only(loader, sample):
+    """The probe of a sample that holds just one."""
+    (found,) = loader.episodes(sample)
+    return found
+
+
 def solve(probe, tokens, mark):
     """The next token, from those shown alone and the task's rules."""
     if probe["kind"] == "recall":
-        (value,) = {after for key, after in zip(tokens[:-1], tokens[1:], strict=True) if key == tokens[-1]}  # told once, or twice the same
+        (value,) = {after for key, after in itertools.pairwise(tokens) if key == tokens[-1]}  # told once, or twice the same
         return value
     # Where the last mark stands the question begins; what it shows so far stood after just one earlier mark.
     asked = max(i for i, token in enumerate(tokens) if token == mark)
@@ -62,12 +69,14 @@ def test_every_question_can_be_answered_from_what_is_shown(made, corpus, probe):
     loader, data = made(probe)
     mark = alphabet(corpus, data.probe).mark
     for sample in range(40):
-        episode = loader.episode(sample)
+        episode = only(loader, sample)
         tokens = episode.tokens.tolist()
         assert len(tokens) == data.sequence_length + 1 and episode.answers.max() == data.sequence_length
         for places, source in zip(episode.answers.tolist(), episode.sources, strict=True):
             for offset, place in enumerate(places):
                 assert solve(probe, tokens[:place], mark) == tokens[place] == tokens[source + offset]
+        earlier = [tokens[: places[0] - 1].count(tokens[places[0] - 1]) for places in episode.answers.tolist()]
+        assert probe["kind"] != "recall" or [n == 1 for n in earlier] == episode.counted.tolist()  # told by its pair alone
         assert ((episode.depths >= 0) & (episode.depths < 1)).all()
         assert (episode.distances == episode.answers[:, 0] - 1 - episode.sources).all() and (episode.distances > 0).all()
 
@@ -77,7 +86,7 @@ def test_labels_are_the_answers_or_all_tokens(made, probe):
     batch = next(loader)
     assert not batch.document_ids.any()
     for row in range(data.batch_size):
-        episode = loader.episode(row)
+        episode = only(loader, row)
         labels = batch.labels[row].tolist()
         assert batch.tokens[row].tolist() == episode.tokens[:-1].tolist()
         scored = set((episode.answers - 1).ravel().tolist()) if data.probe.scored == "answers" else set(range(data.sequence_length))
@@ -88,7 +97,7 @@ def test_filler_is_what_was_asked_for(made, corpus, probe):
     loader, data = made(probe)
     ids = alphabet(corpus, data.probe)
     for sample in range(5):
-        episode = loader.episode(sample)
+        episode = only(loader, sample)
         known = {"blank": [ids.blank], "random": ids.rest.tolist()}.get(data.probe.filler)
         if known is not None:
             assert set(episode.tokens.tolist()) <= {*known, ids.mark, *ids.own.tolist()}
@@ -115,14 +124,45 @@ def test_probes_are_a_function_of_seed_and_sample_alone(made, probe):
     batches = [next(one) for _ in range(3)]
     assert same(batches[0], next(again))
     assert not torch.equal(batches[0].tokens, next(other).tokens) and not torch.equal(batches[0].tokens, batches[1].tokens)
-    assert again.episode(17).tokens.tolist()[:-1] == batches[2].tokens[1].tolist()
+    assert only(again, 17).tokens.tolist()[:-1] == batches[2].tokens[1].tolist()
     wide = made(probe, batch_size=24)[0]
     assert torch.equal(next(wide).tokens, torch.cat([batch.tokens for batch in batches]))
 
 
+def test_short_probes_come_first_packed_and_smaller(made, corpus, probe):
+    """16 sequences of the first length, 16 of the second, then whole probes; each is solved inside its own document."""
+    lengths = [31, 13] if probe["kind"] != "multi_key" or probe.get("key_length") else [11, 13]
+    lengths = [max(length, 17) for length in lengths] if "key_length" in probe else lengths
+    loader, data = made(probe | {"lengths": lengths, "length_samples": 16})
+    mark = alphabet(corpus, data.probe).mark
+    for k in range(6):
+        batch = next(loader)
+        length = (lengths[0], lengths[1], data.sequence_length)[k // 2]
+        count = (data.sequence_length + 1) // (length + 1)
+        for row, (tokens, labels, documents) in enumerate(zip(batch.tokens, batch.labels, batch.document_ids, strict=True)):
+            episodes = loader.episodes(8 * k + row)
+            assert [len(each.tokens) for each in episodes] == [length + 1] * count
+            assert documents.tolist() == [min(t // (length + 1), count) for t in range(data.sequence_length)]
+            shown = [*tokens.tolist(), episodes[-1].tokens[-1]]  # the last token of a row that is full is a label alone
+            for number, each in enumerate(episodes):
+                start = number * (length + 1)
+                own = shown[start : start + length + 1]
+                assert own[:-1] == each.tokens.tolist()[:-1]
+                answers = set((each.answers - 1).ravel().tolist())
+                for t in range(length + 1 if start + length < data.sequence_length else length):
+                    if t == length:
+                        assert labels[start + t] == IGNORED  # what follows is another document
+                    elif t in answers:
+                        assert labels[start + t] == solve(probe, own[: t + 1], mark)
+                    else:
+                        assert labels[start + t] == (own[t + 1] if data.probe.scored == "all" else IGNORED)
+            assert (labels[count * (length + 1) :] == IGNORED).all()
+    assert loader.state_dict()["samples_seen"] == 48
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 4), (4, 2)])
 def test_ranks_share_a_batch_and_resume_where_it_stopped(made, before, after):
-    probe = KINDS["multi_key"] | {"share": 0.37}
+    probe = KINDS["multi_key"] | {"share": 0.37, "lengths": [20, 9], "length_samples": 19}
 
     def together(world, count, state=None):
         loaders = [made(probe, rank=rank, world_size=world)[0] for rank in range(world)]
@@ -175,7 +215,7 @@ def test_the_share_is_exact_after_a_trillion_samples(made):
 @pytest.mark.parametrize("name", ["needle", "multi_key", "copy"])
 def test_every_depth_is_as_likely(made, name):
     loader, _ = made(KINDS[name])
-    depths = np.concatenate([loader.episode(sample).depths for sample in range(900)])
+    depths = np.concatenate([only(loader, sample).depths for sample in range(900)])
     starts = len(set(depths.tolist()))
     counts = np.histogram(depths, bins=np.arange(starts + 1) / starts - 0.5 / starts)[0]
     assert counts.min() > 0 and counts.sum() == 900
@@ -185,14 +225,14 @@ def test_every_depth_is_as_likely(made, name):
 
 def test_a_copy_keeps_its_distance(made):
     loader, data = made(KINDS["copy"])
-    distances = {int(loader.episode(sample).distances[0]) for sample in range(400)}
+    distances = {int(only(loader, sample).distances[0]) for sample in range(400)}
     assert min(distances) == data.probe.distance == 33 and max(distances) == data.sequence_length - 9 - 1
 
 
 def test_values_and_keys_are_drawn_evenly(made, corpus):
     loader, data = made(KINDS["multi_key"])
     own = alphabet(corpus, data.probe).own
-    shown = np.stack([loader.episode(sample).tokens[-2:] for sample in range(640)])
+    shown = np.stack([only(loader, sample).tokens[-2:] for sample in range(640)])
     for drawn, allowed in zip(shown.T, (own[:64], own[64:]), strict=True):
         counts = (drawn[:, None] == allowed).sum(axis=0)
         assert counts.sum() == 640
@@ -220,7 +260,7 @@ def test_probes_never_change_between_versions(corpus, config):
     loader = ProbeLoader(corpus, data, seed=2**33 + 5)
     ids = alphabet(corpus, data.probe)
     names = {ids.mark: "m", ids.blank: "."} | {int(token): "abcdeABCDEFG"[i] for i, token in enumerate(ids.own)}
-    assert ["".join(names[int(token)] for token in loader.episode(sample).tokens) for sample in (0, 1, 2**32)] == RECORDED
+    assert ["".join(names[int(token)] for token in only(loader, sample).tokens) for sample in (0, 1, 2**32)] == RECORDED
 
 
 RECORDED = [".meFmcD...........mcD", ".meD.mdC..........mdC", "meC...mdA.........mdA"]
@@ -230,10 +270,11 @@ RECORDED = [".meFmcD...........mcD", ".meD.mdC..........mdC", "meC...mdA........
     ("changes", "sentence"),
     [
         (["kind=recall", "pairs=25"], "sequence_length 64 is too short for this recall probe, which needs 65 tokens"),
-        (["kind=recall", "queries=9"], "queries 9 is above pairs 8: each key is asked for once at most"),
+        (["kind=copy", "string_length=8", "lengths=[63,2]"], "probe.lengths has 2: a copy probe has 3 tokens at least"),
+        (["kind=needle", "lengths=[65]"], "probe.lengths has 65: a needle probe has 5 tokens at least, and sequence_length is 64"),
         (["kind=recall", "pairs=9", "key_tokens=8"], "pairs 9 is above key_tokens 8"),
         (["kind=multi_key", "needles=20"], "sequence_length 64 is too short for this multi_key probe, which needs 68 tokens"),
-        (["kind=multi_key", "key_tokens=4"], "key_tokens 4 with key_length 1 gives too few keys for 5 needles: raise one"),
+        (["kind=multi_key", "key_tokens=4"], "key_tokens 4 with key_length 1 is too few for 5 needles: raise one"),
         (["kind=copy", "distance=60"], "sequence_length 64 is too short for this copy probe, which needs 77 tokens"),
         (["kind=copy", "string_length=20", "string_tokens=19"], "string_length 20 is above string_tokens 19"),
         (["kind=needle", "evaluation_lengths=[64,4]"], "probe.evaluation_lengths 4 is too short for this needle probe, which needs 5"),
@@ -253,7 +294,7 @@ def test_probes_that_do_not_fit_are_refused_with_the_configuration(changes, sent
 def test_the_shortest_sequence_is_enough(corpus, config, kind, length):
     data = config(probe={"kind": kind}, sequence_length=length)
     loader = ProbeLoader(corpus, data, 0)
-    assert all(len(loader.episode(sample).tokens) == length + 1 for sample in range(50))
+    assert all(len(only(loader, sample).tokens) == length + 1 for sample in range(50))
     with pytest.raises(ValueError, match="too short"):
         config(probe={"kind": kind}, sequence_length=length - 1)
 

@@ -11,8 +11,8 @@ from torch import nn
 import longcat_lab as lab
 from longcat_lab.config import load
 from longcat_lab.data import IGNORED, evaluation_batches, evaluation_probes, prepare, scored
-from longcat_lab.training.evaluation import evaluate
 from longcat_lab.training.batches import training_loader
+from longcat_lab.training.evaluation import evaluate
 from longcat_lab.training.probe_evaluation import evaluate_probe, loss_by_position
 
 RECALL = ["data.probe.kind=recall", "data.probe.pairs=5", "data.probe.queries=5"]
@@ -110,7 +110,7 @@ def test_the_loss_is_that_of_the_whole_forward_pass():
     model, nats, count = lab.build(config).eval(), 0.0, 0
     for batch, _ in evaluation_probes(corpus, config.data.probe, 64, 24):
         logits = model(batch.tokens, batch.document_ids)
-        nats += float(F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"))
+        nats += F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
         count += int((batch.labels != IGNORED).sum())
     assert count == 24 * 2
     assert evaluate_probe(model, corpus, config)["probe_loss"] == pytest.approx(nats / count, rel=1e-5)
@@ -149,7 +149,7 @@ def test_loss_by_position_in_closed_form_and_against_bits_per_byte():
     mask = scored(labels, corpus.token_bytes)
     bytes_per_token = torch.from_numpy(corpus.token_bytes)[labels[mask]].double().mean()
     assert whole == pytest.approx(evaluate(model, corpus, config, "validation") * math.log(2) * float(bytes_per_token), rel=1e-6)
-    with pytest.raises(lab.LabError, match="65 bins do not fit into data.sequence_length 64"):
+    with pytest.raises(lab.LabError, match=r"65 bins do not fit into data\.sequence_length 64"):
         loss_by_position(model, corpus, config, bins=65)
 
 

@@ -67,9 +67,7 @@ class ProbeLoader(Loader):
         if self.probe.lengths is not None and sample < len(self.probe.lengths) * self.probe.length_samples:
             length = self.probe.lengths[sample // self.probe.length_samples]
         probe, size = self.probe.within(length), length + 1
-        return [
-            draw(probe, self.alphabet, length, random, text[start : start + size]) for start in range(0, len(text) - size + 1, size)
-        ]
+        return [draw(probe, self.alphabet, length, random, text[start : start + size]) for start in range(0, len(text) - size + 1, size)]
 
     def _write(self, batch: Batch, row: int, episodes: list[Episode]) -> None:
         """Puts probes into a row, each as one document; what room is left is blank and not scored."""
