@@ -60,21 +60,26 @@ inline int64_t append(const float* x, int64_t n, float bar, int32_t first, float
 template <class T>
 int64_t keep(T* values, int32_t* keys, int64_t count, T bar, int64_t equals) {
   int64_t kept = 0;
-#if defined(__AVX512F__) && defined(__AVX512VL__)
-  if constexpr (sizeof(T) == 4)
-    if (equals == 0) {
-      const __m512 bars = _mm512_set1_ps(bar);
-      for (int64_t i = 0; i < count; i += 16) {  // what is written was read before: kept <= i
-        const __m512 some = _mm512_loadu_ps(values + i);
-        const __m512i key = _mm512_loadu_si512(keys + i);
-        __mmask16 above = _mm512_cmp_ps_mask(some, bars, _CMP_GT_OQ);
-        if (count - i < 16) above &= (1u << (count - i)) - 1;
-        _mm512_storeu_ps(values + kept, _mm512_maskz_compress_ps(above, some));
-        _mm512_storeu_si512(keys + kept, _mm512_maskz_compress_epi32(above, key));
-        kept += __builtin_popcount(above);
+#if defined(__AVX512F__) && defined(__BMI2__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512 bars = _mm512_set1_ps(bar);
+    for (int64_t i = 0; i < count; i += 16) {  // what is written was read before: kept <= i
+      const __m512 some = _mm512_loadu_ps(values + i);
+      const __m512i key = _mm512_loadu_si512(keys + i);
+      const uint32_t valid = count - i < 16 ? (1u << (count - i)) - 1 : 0xffff;
+      uint32_t taken = _mm512_cmp_ps_mask(some, bars, _CMP_GT_OQ) & valid;
+      if (equals > 0) {
+        const uint32_t first = equals < 16 ? (1u << equals) - 1 : 0xffff;
+        const uint32_t equal = _pdep_u32(first, _mm512_cmp_ps_mask(some, bars, _CMP_EQ_OQ) & valid);
+        equals -= __builtin_popcount(equal);
+        taken |= equal;
       }
-      return kept;
+      _mm512_storeu_ps(values + kept, _mm512_maskz_compress_ps(taken, some));
+      _mm512_storeu_si512(keys + kept, _mm512_maskz_compress_epi32(taken, key));
+      kept += __builtin_popcount(taken);
     }
+    return kept;
+  }
 #endif
   for (int64_t i = 0; i < count; ++i) {
     const T value = values[i];
@@ -93,10 +98,43 @@ template <class T>
 int64_t above(const T* values, int64_t count, T bar) {
   using Count = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   Count counts[kVector] = {}, sum = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512 bars = _mm512_set1_ps(bar);
+    for (int64_t i = 0; i < count; i += kVector)
+      sum += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(values + i), bars, _CMP_GT_OQ));
+    return sum;
+  }
+#endif
   for (int64_t i = 0; i < count; i += kVector)
     for (int64_t s = 0; s < kVector; ++s) counts[s] += values[i + s] > bar;
   for (const Count each : counts) sum += each;
   return sum;
+}
+
+// `out`, with room for a vector more, gets those of `values` that are above `low` and not above `high`; returns how many.
+template <class T>
+int64_t within(const T* values, int64_t count, T low, T high, T* out) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += kVector) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      const __m512 some = _mm512_loadu_ps(values + i);
+      const __mmask16 in = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(some, _mm512_set1_ps(low), _CMP_GT_OQ), some, _mm512_set1_ps(high),
+                                                   _CMP_LE_OQ);
+      _mm512_storeu_ps(out + found, _mm512_maskz_compress_ps(in, some));
+      found += __builtin_popcount(in);
+      continue;
+    }
+#endif
+    int any = 0;
+    for (int64_t s = i; s < i + kVector; ++s) any |= (values[s] > low) & (values[s] <= high);
+    for (int64_t s = i; any && s < i + kVector; ++s) {
+      out[found] = values[s];
+      found += (values[s] > low) & (values[s] <= high);
+    }
+  }
+  return found;
 }
 
 // As an integer in the order of the floats, and back.
@@ -114,16 +152,14 @@ T disordered(Bits order) {
   return x;
 }
 
-// A value between two others: halves their distance, and after some steps the number of floats between them, which ends soon for any
-// numbers. Where no float lies between, `high`.
+// The float in the middle of those between two others; `low` where there is none. First of all 0, and what is next to it: scores of
+// products none of which is positive tie there.
 template <class T>
-T between(T low, T high, int step) {
-  T middle = low / 2 + high / 2;
-  if (step > 12) {
-    const auto a = ordered(low), b = ordered(high);
-    middle = disordered<T>((a & b) + ((a ^ b) >> 1));
-  }
-  return middle > low && middle < high ? middle : std::nextafter(low, high);
+T middle(T low, T high) {
+  if (low < 0 && high > 0) return 0;
+  if (low < 0 && high == 0) return std::nextafter(high, low);
+  const auto a = ordered(low), b = ordered(high);
+  return disordered<T>((a & b) + ((a ^ b) >> 1));
 }
 
 // The best `wanted` keys of those offered, and some more while they come. NaN is never taken.
@@ -153,27 +189,76 @@ struct Best {
     if (count > wanted) raise(0);
   }
 
-  // Raises the bar so that `wanted` to wanted + spare keys stay.
+  // Raises the bar so that `wanted` to wanted + spare keys stay. Guesses where: first as if ranks were spread normally (whose quantile
+  // is about that of the logistic distribution), then along a line; each third guess halves the floats left, so that it ends soon for any.
   void raise(int64_t spare) {
     const int64_t whole = (count + kVector - 1) / kVector * kVector;
+    typedef T Some __attribute__((vector_size(kVector * sizeof(T))));
+    Some sums = {}, squares = {}, next;
+    for (int64_t i = 0; i + kVector <= count; i += kVector) {  // the last few do not matter to a guess
+      std::memcpy(&next, values + i, sizeof next);
+      sums += next;
+      squares += next * next;
+    }
+    T sum = 0, square = 0;
+    for (int64_t s = 0; s < kVector; ++s) {
+      sum += sums[s];
+      square += squares[s];
+    }
     std::fill(values + count, values + whole, -std::numeric_limits<T>::infinity());
-    T low = values[0], high = values[0];
-#pragma omp simd reduction(min : low) reduction(max : high)
-    for (int64_t i = 0; i < count; ++i) {
-      low = values[i] < low ? values[i] : low;
-      high = values[i] > high ? values[i] : high;
-    }
+    const T total = static_cast<T>(count), target = static_cast<T>(wanted) + static_cast<T>(spare) / 2;
+    const T summed = static_cast<T>(count / kVector * kVector), mean = sum / summed;
+    const T scale = std::sqrt(square / summed - mean * mean) * T(0.5875), margin = spare < kVector / 2 ? kVector / 4 : 0;
+    T guess = mean + scale * std::log(total / target - 1), density = target * (1 - target / total) / scale;
     // More than wanted + spare are above `low`, fewer than wanted above `high`.
-    int64_t over = above(values, whole, low);
-    T found = low;
-    for (int step = 0; over > wanted + spare || (step > 0 && over < wanted); ++step) {
-      found = between(low, high, step);
-      over = above(values, whole, found);
-      if (found == high) break;  // they are neighbours, and what equals `high` is too much
-      (over < wanted ? high : low) = found;
+    T low = std::nextafter(bar, -std::numeric_limits<T>::infinity()), high = std::numeric_limits<T>::infinity(), before = 0;
+    int64_t over_low = count, over_high = 0, over_before = 0, equals = 0;
+    for (int step = 0; over_low > wanted + spare; ++step) {
+      if (over_low - over_high <= kVector) {
+        equals = settle(whole, low, high, wanted - over_high);
+        break;
+      }
+      if (!(guess > low && guess < high) || step % 3 == 2) guess = middle(low, high);
+      if (guess == low) {  // they are neighbours, and what equals `high` is too much
+        bar = high;
+        equals = wanted - over_high;
+        break;
+      }
+      const int64_t over = above(values, whole, guess);
+      if (step > 0 && over != over_before) density = static_cast<T>(over_before - over) / (guess - before);
+      before = guess;
+      over_before = over;
+      if (over < wanted) {
+        high = guess;
+        over_high = over;
+      } else {
+        bar = low = guess;
+        over_low = over;
+      }
+      // Beyond the place looked for, that it may lie between two close bars.
+      guess += (static_cast<T>(over) - target + (over < wanted ? -margin : margin)) / density;
     }
-    bar = found;
-    count = keep(values, keys, count, bar, std::max<int64_t>(wanted - over, 0));
+    count = keep(values, keys, count, bar, equals);
+  }
+
+  // Puts the bar below the best `number` of those, at most kVector, that are above `low` and not above `high`; where the next one ties
+  // with the last of them, at both, and returns how many of such are to stay.
+  int64_t settle(int64_t whole, T low, T high, int64_t number) {
+    T some[2 * kVector];
+    int64_t found = within(values, whole, low, high, some);
+    std::fill(some + found, some + kVector, -std::numeric_limits<T>::infinity());
+    int32_t better[kVector] = {};  // how many
+    for (int64_t i = 0; i < kVector; ++i)
+      for (int64_t s = 0; s < kVector; ++s) better[s] += some[i] > some[s];
+    int64_t last = 0, over = 0;  // the one that comes as number `number`, or ties with it
+    for (int64_t s = 0; s < found; ++s)
+      if (better[s] < number && better[s] >= over) last = s, over = better[s];
+    bar = some[last];
+    int64_t same = 0;
+    for (int64_t s = 0; s < found; ++s) same += some[s] == bar;
+    if (over + same > number) return number - over;
+    bar = std::nextafter(bar, -std::numeric_limits<T>::infinity());
+    return 0;
   }
 };
 

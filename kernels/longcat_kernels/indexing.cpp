@@ -10,7 +10,8 @@
 // first. Queries that take all they see are not scored. A score has the same bits wherever it is computed.
 //
 // In two stages (LSA's hierarchical indexing), the same is done with one key a sub-block, summed to page scores, and then with the
-// tokens of each page for the queries that keep it. Same bits for the same input, whatever the number of threads.
+// tokens of each page for the queries that keep it, page after page, so that its keys are near when the next query needs them. Same
+// bits for the same input, whatever the number of threads.
 
 #include "best.cpp"
 #include "common.cpp"
@@ -42,7 +43,7 @@ struct Sizes {
   int64_t page, block, pages, minmax;  // page 0: one stage
   int64_t room() const { return std::min(topk, keys); }
   int64_t pooled_width() const { return minmax ? 2 * width : width; }
-  int64_t pooled_keys() const { return page ? keys / page * (page / block) : 0; }  // only sub-blocks of whole pages have one
+  int64_t whole_pages() const { return page ? keys / page : 0; }  // only sub-blocks of whole pages have a pooled key
 };
 
 // Keys as the products want them: [vectors of keys][dimension][keys of a vector].
@@ -101,13 +102,17 @@ template <class T>
 struct Work {
   Scratch<T> numbers;
   Scratch<int32_t> places;
+  Scratch<uint64_t> keepers;  // of each page: a bit for each query of the block; all 0 between two blocks
   Best<T> tokens[kBlock], pages[kBlock];
 
   static int64_t tokens_room(const Sizes& z) { return Best<T>::room(std::min(z.topk - z.sinks - z.window, z.keys)); }
-  static int64_t pages_room(const Sizes& z) { return z.page ? Best<T>::room(std::min(z.pages - 1, z.keys / z.page)) : 0; }
+  static int64_t pages_room(const Sizes& z) { return z.page ? Best<T>::room(std::min(z.pages - 1, z.whole_pages())) : 0; }
   static int64_t lists(const Sizes& z) { return kBlock * (tokens_room(z) + pages_room(z)); }
 
-  explicit Work(const Sizes& z) : numbers(lists(z) + (z.minmax ? kBlock * z.heads * z.pooled_width() : 0)), places(lists(z)) {
+  explicit Work(const Sizes& z)
+      : numbers(lists(z) + (z.minmax ? kBlock * z.heads * z.pooled_width() : 0)), places(lists(z)), keepers(z.whole_pages() + 1) {
+    if (!*this) return;
+    std::fill(keepers.block, keepers.block + z.whole_pages() + 1, 0);
     const int64_t all = kBlock * tokens_room(z);
     for (int64_t r = 0; r < kBlock; ++r) {
       tokens[r].values = numbers.block + r * tokens_room(z);
@@ -116,7 +121,7 @@ struct Work {
       pages[r].keys = places.block + all + r * pages_room(z);
     }
   }
-  explicit operator bool() const { return numbers.block && places.block; }
+  explicit operator bool() const { return numbers.block && places.block && keepers.block; }
 
   // [max(q, 0) ; min(q, 0)] of some queries: times [largest ; smallest key] the sum over d of max(q_d kmax_d, q_d kmin_d).
   const T* signed_parts(const Sizes& z, const T* q, int64_t rows) {
@@ -178,53 +183,39 @@ void write(const Sizes& z, const Seen& seen, const Best<T>& best, bool all, int3
   run(seen.end - z.window, seen.end);
 }
 
-template <class T>
-T sum(const T* x, int64_t n) {
-  constexpr int64_t lanes = Lanes<T>::count;
-  typename Lanes<T>::Vector sums = {}, next;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    std::memcpy(&next, x + i, sizeof next);
-    sums += next;
-  }
-  T parts[lanes];
-  std::memcpy(parts, &sums, sizeof sums);
-  for (int64_t s = 0; i + s < n; ++s) parts[s] += x[i + s];
-  for (int64_t half = lanes / 2; half > 0; half /= 2)
-    for (int64_t s = 0; s < half; ++s) parts[s] += parts[s + half];
-  return parts[0];
-}
-
-// Stage 1: the pages that queries keep besides their own, into work.pages; `flat` queries keep all. pooled: a key of each sub-block.
+// Stage 1: the pages that queries keep besides their own, into work.pages; `flat` queries keep all. A vector of `pooled` is the same
+// sub-block of `lanes` pages side by side (see topk), so that a sum over the vectors of such a group is the scores of its pages.
 template <class T>
 void rank_pages(const Sizes& z, const T* q, const T* w, int64_t rows, const Packed<T>& pooled, const Seen* seen, const bool* flat,
                 Work<T>& work) {
-  const int64_t per_page = z.page / z.block;
+  constexpr int64_t lanes = Packed<T>::lanes;
+  using Vector = typename Lanes<T>::Vector;
+  const int64_t per_page = z.page / z.block, group = lanes * per_page;
   Range ranges[kBlock];
-  T carried[kBlock] = {}, sums[kChunk + kSlack];
+  Vector sums[kBlock];
   for (int64_t r = 0; r < rows; ++r) {
     ranges[r] = {0, 0};
     if (flat[r]) continue;
     const int64_t own = seen[r].own(z), oldest = seen[r].first / z.page;
     work.pages[r].start(std::min(z.pages - 1, own - oldest));
-    if (work.pages[r].wanted == 0) continue;
-    ranges[r] = {(seen[r].first + z.block - 1) / z.block, own * per_page};
-    sums[0] = 0;  // a page none of whose sub-blocks lies in the document whole
-    if (ranges[r].first >= (oldest + 1) * per_page) work.pages[r].offer(sums, 1, oldest);
+    if (work.pages[r].wanted > 0) ranges[r] = {oldest / lanes * group, (own + lanes - 1) / lanes * group};
   }
   const T* queries = z.minmax ? work.signed_parts(z, q, rows) : q;
   score_all(z, queries, w, rows, pooled, ranges, [&](int64_t r, int64_t from, int64_t to, const T* x) {
-    int64_t pages = 0;
-    for (int64_t n = from; n < to;) {
-      const int64_t page = n / per_page, end = std::min((page + 1) * per_page, to);
-      carried[r] += sum(x + (n - from), end - n);
-      if (end == (page + 1) * per_page) {
-        sums[pages++] = carried[r];
-        carried[r] = 0;
-      }
-      n = end;
+    const int64_t own = seen[r].own(z), oldest = seen[r].first / z.page;
+    for (; from < to; from += lanes, x += lanes) {
+      const int64_t page = from / group * lanes, part = from % group / lanes;
+      Vector scores;
+      std::memcpy(&scores, x, sizeof scores);
+      // Sub-blocks that begin before the document count 0; only the oldest page has some.
+      if (page <= oldest && oldest * z.page + part * z.block < seen[r].first) scores[oldest - page] = 0;
+      sums[r] = part ? sums[r] + scores : scores;
+      if (part + 1 < per_page) continue;
+      T out[lanes + kSlack];
+      std::memcpy(out, &sums[r], sizeof sums[r]);
+      const int64_t first = std::max(page, oldest);
+      work.pages[r].offer(out + (first - page), std::min(page + lanes, own) - first, first);
     }
-    work.pages[r].offer(sums, pages, from / per_page);
   });
   for (int64_t r = 0; r < rows; ++r)
     if (!flat[r]) work.pages[r].finish();
@@ -234,23 +225,35 @@ void rank_pages(const Sizes& z, const T* q, const T* w, int64_t rows, const Pack
 template <class T>
 void rank_kept(const Sizes& z, const T* q, const T* w, int64_t rows, const Packed<T>& keys, const Seen* seen, const Range* ranges,
                const bool* flat, Work<T>& work) {
-  int64_t next[kBlock] = {}, turns[kBlock], count = 0, page = z.keys, last = -1;
+  uint64_t* keepers = work.keepers.block;
+  int64_t page = z.keys, last = -1;
   for (int64_t r = 0; r < rows; ++r)
     if (!flat[r] && ranges[r].first < ranges[r].end) {
-      turns[count++] = r;
-      page = std::min(page, work.pages[r].count ? int64_t(work.pages[r].keys[0]) : seen[r].own(z));
-      last = std::max(last, seen[r].own(z));
+      const uint64_t bit = uint64_t(1) << r;
+      const Best<T>& kept = work.pages[r];
+      const int64_t own = seen[r].own(z);
+      for (int64_t i = 0; i < kept.count; ++i) keepers[kept.keys[i]] |= bit;
+      keepers[own] |= bit;
+      page = std::min(page, kept.count ? int64_t(kept.keys[0]) : own);
+      last = std::max(last, own);
     }
-  for (; page <= last; ++page)
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = turns[i];
-      const bool listed = next[r] < work.pages[r].count && work.pages[r].keys[next[r]] == page;
-      next[r] += listed;
-      if (!listed && page != seen[r].own(z)) continue;
+  for (int64_t next = page; page <= last; page = next) {
+    for (++next; next <= last && !keepers[next];) ++next;
+    // Each query fetches its share of the next page, which is fetched whole when the last one is done.
+    const char* ahead = reinterpret_cast<const char*>(keys.at(std::min(next * z.page, z.keys - 1)));
+    const int64_t bytes = next <= last ? (std::min((next + 1) * z.page, z.keys) - next * z.page) * keys.width * sizeof(T) : 0;
+    const char* const stop = ahead + bytes;
+    const int64_t share = bytes / std::max(__builtin_popcountll(keepers[page]), 1) + 1;
+    for (uint64_t left = keepers[page]; left; left &= left - 1) {
+      for (const char* const to = std::min(ahead + share, stop); ahead < to; ahead += 64) __builtin_prefetch(ahead);
+      const int64_t r = __builtin_ctzll(left);
       const Range part{std::max(ranges[r].first, page * z.page), std::min(ranges[r].end, (page + 1) * z.page)};
-      score(q + r * z.heads * keys.width, w + r * z.heads, z.heads, keys, part,
-            [&](int64_t from, int64_t to, const T* x) { work.tokens[r].offer(x, to - from, from); });
+      if (part.first < part.end)
+        score(q + r * z.heads * keys.width, w + r * z.heads, z.heads, keys, part,
+              [&](int64_t from, int64_t to, const T* x) { work.tokens[r].offer(x, to - from, from); });
     }
+    keepers[page] = 0;
+  }
 }
 
 // The selections of the queries begin ... begin + rows - 1 of one row of the batch; q, w and out are theirs.
@@ -283,43 +286,59 @@ void select_block(const Sizes& z, const T* q, const Packed<T>& keys, const Packe
   }
 }
 
-// `lanes` keys from key s on, zeros after the last.
+// out[d][i] = rows[i][d] for `count` rows, at most a vector of them, `stride` apart; zeros for those that lack.
 template <class T>
-void pack(const Sizes& z, const T* k, int64_t s, const Packed<T>& to) {
-  const int64_t count = std::min(to.lanes, z.keys - s);
-  T* __restrict out = to.at(s);
-  if (count < to.lanes) std::fill(out, out + z.width * to.lanes, T(0));
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = 0; d < z.width; ++d) out[d * to.lanes + i] = k[(s + i) * z.key_row + d];
+void turn(const T* __restrict rows, int64_t stride, int64_t width, int64_t count, T* __restrict out) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  int64_t d = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    for (; count == lanes && d + 4 <= width; d += 4) {  // four dimensions of rows i, i + 4, i + 8, i + 12; then 4 x 4 of each quarter
+      __m512 part[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* row = rows + i * stride + d;
+        part[i] = _mm512_castps128_ps512(_mm_loadu_ps(row));
+        part[i] = _mm512_insertf32x4(part[i], _mm_loadu_ps(row + 4 * stride), 1);
+        part[i] = _mm512_insertf32x4(part[i], _mm_loadu_ps(row + 8 * stride), 2);
+        part[i] = _mm512_insertf32x4(part[i], _mm_loadu_ps(row + 12 * stride), 3);
+      }
+      const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(part[0], part[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(part[0], part[1]));
+      const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(part[2], part[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(part[2], part[3]));
+      _mm512_storeu_pd(out + d * lanes, _mm512_unpacklo_pd(a, c));
+      _mm512_storeu_pd(out + (d + 1) * lanes, _mm512_unpackhi_pd(a, c));
+      _mm512_storeu_pd(out + (d + 2) * lanes, _mm512_unpacklo_pd(b, e));
+      _mm512_storeu_pd(out + (d + 3) * lanes, _mm512_unpackhi_pd(b, e));
+    }
+#endif
+  for (; d < width; ++d)
+    for (int64_t i = 0; i < lanes; ++i) out[d * lanes + i] = i < count ? rows[i * stride + d] : T(0);
 }
 
-// The key of sub-block n: its mean, or its largest and smallest values.
+// The key of a sub-block that begins at `rows`: its mean, or its largest and smallest values.
 template <class T>
-void pool(const Sizes& z, const T* k, int64_t n, const Packed<T>& to) {
-  const T* rows = k + n * z.block * z.key_row;
-  T* out = to.at(n);
-  for (int64_t begin = 0; begin < z.width; begin += kVector) {
-    const int64_t count = std::min(kVector, z.width - begin);
-    T sums[kVector] = {}, most[kVector], least[kVector];
-    for (int64_t d = 0; d < count; ++d) most[d] = least[d] = rows[begin + d];
-    for (int64_t s = 0; s < z.block; ++s)
-      for (int64_t d = 0; d < count; ++d) {
-        const T value = rows[s * z.key_row + begin + d];
-        sums[d] += value;
-        most[d] = value > most[d] ? value : most[d];
-        least[d] = value < least[d] ? value : least[d];
+void pool(const Sizes& z, const T* __restrict rows, T* __restrict out) {
+  std::copy(rows, rows + z.width, out);
+  if (z.minmax) std::copy(rows, rows + z.width, out + z.width);
+  for (int64_t s = 1; s < z.block; ++s) {
+    const T* row = rows + s * z.key_row;
+    if (z.minmax)
+      for (int64_t d = 0; d < z.width; ++d) {
+        out[d] = row[d] > out[d] ? row[d] : out[d];
+        out[z.width + d] = row[d] < out[z.width + d] ? row[d] : out[z.width + d];
       }
-    for (int64_t d = 0; d < count; ++d) {
-      out[(begin + d) * to.lanes] = z.minmax ? most[d] : sums[d] / static_cast<T>(z.block);
-      if (z.minmax) out[(z.width + begin + d) * to.lanes] = least[d];
-    }
+    else
+      for (int64_t d = 0; d < z.width; ++d) out[d] += row[d];
   }
+  if (!z.minmax)
+    for (int64_t d = 0; d < z.width; ++d) out[d] /= static_cast<T>(z.block);
 }
 
 template <class T>
 bool topk(const Sizes& z, const T* q, const T* k, const T* w, const int64_t* first, int32_t* out, int64_t wanted_threads) {
   const int64_t blocks = (z.queries + kBlock - 1) / kBlock, lanes = Packed<T>::lanes, vectors = (z.keys + lanes - 1) / lanes;
-  const int64_t row = Packed<T>::elements(z.keys, z.width), pooled_row = Packed<T>::elements(z.pooled_keys(), z.pooled_width());
+  // Pooled keys lie by groups of `lanes` pages, in these by sub-blocks of a page, and so a vector has one of each page.
+  const int64_t per_page = z.page ? z.page / z.block : 0, pooled_vectors = (z.whole_pages() + lanes - 1) / lanes * per_page;
+  const int64_t row = Packed<T>::elements(z.keys, z.width), pooled_row = Packed<T>::elements(pooled_vectors * lanes, z.pooled_width());
   const int threads = usable_threads(wanted_threads, z.batch * std::max(blocks, vectors / 64));
   Scratch<T> packed(z.batch * row), pooled(z.batch * pooled_row);
   std::atomic<bool> memory{packed.block && pooled.block};
@@ -330,17 +349,27 @@ bool topk(const Sizes& z, const T* q, const T* k, const T* w, const int64_t* fir
 #endif
   {
     Work<T> work(z);
-    if (!work) memory = false;
+    Scratch<T> means(lanes * z.pooled_width());
+    if (!work || !means.block) memory = false;
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
-    for (int64_t i = 0; i < z.batch * vectors; ++i)
-      if (memory) pack(z, k + i / vectors * z.key_batch, i % vectors * lanes, keys_of(i / vectors));
+    for (int64_t i = 0; i < z.batch * vectors; ++i) {
+      const int64_t s = i % vectors * lanes;
+      if (memory)
+        turn(k + i / vectors * z.key_batch + s * z.key_row, z.key_row, z.width, std::min(lanes, z.keys - s), keys_of(i / vectors).at(s));
+    }
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
-    for (int64_t i = 0; i < z.batch * z.pooled_keys(); ++i)
-      if (memory) pool(z, k + i / z.pooled_keys() * z.key_batch, i % z.pooled_keys(), pooled_of(i / z.pooled_keys()));
+    for (int64_t i = 0; i < z.batch * pooled_vectors; ++i) {
+      const int64_t b = i / pooled_vectors, n = i % pooled_vectors, page = n / per_page * lanes;
+      const int64_t count = std::min(lanes, z.whole_pages() - page);
+      if (!memory) continue;
+      for (int64_t p = 0; p < count; ++p)
+        pool(z, k + b * z.key_batch + ((page + p) * z.page + n % per_page * z.block) * z.key_row, means.block + p * z.pooled_width());
+      turn(means.block, z.pooled_width(), z.pooled_width(), count, pooled_of(b).at(n * lanes));
+    }
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic, 1)
 #endif

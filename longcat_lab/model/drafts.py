@@ -85,7 +85,7 @@ class ChainedDrafts:
             fresh = block(state, model.mtp.embed(ahead, model.embed_tokens), context)
             if k == 1:
                 chosen = {group: index for group, index in context.shared.items() if isinstance(index, Index)}
-                everything = _all_keys(count, getattr(model.config.attention, "index_topk", 1))[-1:, :][None].to(state.device)
+                everything = torch.arange(count, device=state.device, dtype=torch.int32)[None, None]  # what a dense step 1 saw
                 selection = {g: everything if each.indices is None else each.indices[:, -1:] for g, each in chosen.items()}
             self.cache.advance(ahead)
             normed = block.norm(fresh)[:, -1:]

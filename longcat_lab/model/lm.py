@@ -87,7 +87,7 @@ class LongcatLM(nn.Module):
         enter = getattr(self.embed_tokens, "enter", lambda point, x, context: x)
         for point, layer in enumerate(self.layers):
             x = enter(point, x, context)  # n-gram kinds that add to the residual stream here
-            if self.recompute and self.training and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, context, use_reentrant=False)
             else:
                 x = layer(x, context)

@@ -32,7 +32,8 @@ class Batches:
             return next(self.language)
         if self.warmup is None:
             self.warmup = training_loader(self.config, self.corpus, WARMUP_STREAM)
-        self.warmup.samples_seen = (step - self.config.training.conversion.dense_steps) * self.config.data.batch_size
+        # As far on as the language model is: what a probe asks follows from how many samples came before.
+        self.warmup.samples_seen = step * self.config.data.batch_size
         return next(self.warmup)
 
     @property

@@ -126,6 +126,7 @@ class _Session:
     def _grow(self) -> None:
         small, before, at = self.model, self.optimizer, self.config.training.growth.at_step
         self._assemble(at + 1)
+        self.stage = ""  # the new model enters its stage at its first step
         growth.stack(small, self.model)
         if self.config.training.growth.moments == "stacked":
             growth.stack_moments(small, before, self.model, self.optimizer)

@@ -257,11 +257,11 @@ def test_recomputed_layers_change_no_gradient_and_tell_of_a_loss_once(cli_factor
     for recompute in (False, True):
         lm.recompute = recompute
         found.append(gradients(lm, tokens, ids, ahead=True))
-        told.append([[float(loss) for loss in m.losses] for m in attentions])
+        told.append([(float(m.taught[0]), m.taught[1]) for m in attentions])
         for m in attentions:
             m.after_step()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]) and found[0].keys() == found[1].keys()
-    assert told[0] == told[1] and [len(each) for each in told[0]] == [1, 1, 1, 1, 2]
+    assert told[0] == told[1] and [shares for _, shares in told[0]] == [1, 1, 1, 1, 2]
 
 
 def test_parts_of_a_batch_weigh_by_their_share():
@@ -303,9 +303,10 @@ def test_the_log_has_the_loss_of_every_attention():
     gradients(lm, tokens, ids)
     for name, module in lm.named_modules():
         if isinstance(module, SparseAttention):
-            (loss,) = module.losses
+            loss, shares = module.taught
             module.after_step()
-            assert module.statistics()["index_kl"] == pytest.approx(float(loss)) and float(loss) > 0, name
+            assert module.statistics()["index_kl"] == pytest.approx(float(loss) / shares) and float(loss) > 0, name
+            assert module.taught == (0.0, 0.0)
             assert ("selected_share" in module.statistics()) == (module.place == 0)
 
 

@@ -12,7 +12,7 @@ from longcat_lab.blocks import Cache, DSAConfig, ForwardContext, LSAConfig, MLAC
 from longcat_lab.blocks.context import document_starts, visible_keys
 from longcat_lab.blocks.mla.op import attention_reference, causal_document_mask
 from longcat_lab.blocks.rope.op import rotate
-from longcat_lab.blocks.sparse_attention.module import Index
+from longcat_lab.blocks.sparse_attention.module import Index, SparseAttention
 from longcat_lab.blocks.sparse_attention.op import index_scores, mean_selected, rotate_halves, select
 from longcat_lab.config import ConfigError, load
 from longcat_lab.errors import LabError
@@ -431,3 +431,86 @@ def test_settings_that_cannot_be_are_named(override, sentence):
 
 def test_a_selection_of_sinks_and_window_alone_is_possible():
     assert load("tiny", "model.attention.kind=lsa", "model.attention.index_topk=33").model.attention.index_topk == 33
+
+
+# --- page by page -------------------------------------------------------------------------------------------------------------
+
+
+def paged(*settings):
+    """Hierarchical indexing in a model, on the weights of a flat one: pages of 8 of 64 tokens, sub-blocks of 4."""
+    flat = model("dsa")
+    pages = [f"model.attention.hierarchical.{each}" for each in ("page=8", "block=4", "from_length=0", *settings)]
+    other = model("dsa", *pages)
+    other.load_state_dict(flat.state_dict())
+    return flat, other
+
+
+def test_with_pages_for_all_tokens_the_model_is_the_flat_one():
+    (flat, other), (tokens, ids) = paged("pages=8", "exempt=0"), two_documents()
+    assert torch.equal(flat(tokens), other(tokens)) and torch.equal(flat(tokens, ids), other(tokens, ids))
+
+
+def test_few_pages_select_other_keys_but_not_while_training_nor_where_indexers_are_exempt_nor_below_the_length():
+    tokens = torch.randint(0, 300, (2, 64))
+    flat, other = paged("pages=2", "exempt=0")
+    assert not torch.allclose(flat(tokens), other(tokens))
+    flat.train(), other.train()
+    assert torch.equal(flat(tokens), other(tokens))
+    for settings in (("pages=2", "exempt=4"), ("pages=2", "exempt=0", "from_length=65")):
+        flat, other = paged(*settings)
+        assert torch.equal(flat(tokens), other(tokens))
+
+
+def selections(lm, tokens):
+    """Of every attention in one pass, in order."""
+    found = []
+
+    def keep(module, inputs, _):
+        found.append(inputs[1].shared[f"index/{module.group}"].indices)
+
+    hooks = [m.register_forward_hook(keep) for m in lm.modules() if isinstance(m, SparseAttention)]
+    lm.hidden(tokens)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_exempt_counts_indexers_from_the_first_on():
+    tokens, changed = torch.randint(0, 300, (1, 64)), []
+    for exempt in range(5):
+        same = [torch.equal(*pair) for pair in zip(*(selections(lm, tokens) for lm in paged("pages=2", f"exempt={exempt}")), strict=True)]
+        changed.append(same.index(False) if False in same else 4)
+    assert changed == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_decoding_is_flat_unless_asked(decode):
+    flat, other = paged("pages=2", "exempt=0", f"decode={'true' if decode else 'false'}")
+    tokens, outs = torch.randint(0, 300, (1, 64)), []
+    for lm in (flat, other):
+        cache = Cache()
+        parts = [lm.hidden(tokens[:, t : t + 1], cache=cache) for t in range(64)]
+        outs.append(torch.cat(parts, 1))
+    assert torch.equal(*outs) == (not decode)
+    if decode:
+        assert torch.allclose(outs[1], other.hidden(tokens), atol=1e-9)
+
+
+def test_half_precision_runs_and_is_near():
+    """bf16 autocast: index weights, scores and losses stay in fp32, selections differ in near ties alone."""
+    lm = lab.build(load("tiny", "model.attention.kind=lsa", *MODEL, "model.attention.index_local_tokens=4")).train()
+    tokens, told = torch.randint(0, 300, (2, 64)), []
+    for enabled in (False, True):
+        for attention in (m for m in lm.modules() if isinstance(m, SparseAttention)):
+            attention.after_step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = lm.hidden(tokens)
+        lm.zero_grad()
+        out.float().square().mean().backward()
+        gradient = torch.cat([p.grad.flatten() for name, p in lm.named_parameters() if ".indexer." in name])
+        attentions = [m for m in lm.modules() if isinstance(m, SparseAttention)]
+        told.append((out.detach().float(), gradient, [float(m.taught[0]) for m in attentions]))
+    (out, gradient, losses), (half_out, half_gradient, half_losses) = told
+    assert float((out - half_out).abs().mean()) < 0.02 * float(out.abs().mean())
+    assert torch.nn.functional.cosine_similarity(gradient, half_gradient, dim=0) > 0.8
+    assert half_losses == pytest.approx(losses, rel=0.3)

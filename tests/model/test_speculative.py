@@ -259,3 +259,20 @@ def test_what_becomes_of_the_newest_keys_is_an_option():
 def test_chained_drafts_need_a_repeated_block():
     with pytest.raises(ConfigError, match="draft_positions chained needs repeat_block"):
         load("tiny", "model.mtp.num_nextn_predict_layers=2", "model.mtp.repeat_block=false", "model.mtp.draft_positions=chained")
+
+
+@pytest.mark.parametrize("rule", ["window", "random", "oracle", "indexer"])
+@pytest.mark.parametrize("newest_rule", ["slide", "append", "reuse"])
+def test_chained_drafts_pass_from_dense_to_sparse_with_any_rule(rule, newest_rule):
+    """Prompts of 10 tokens: the first rounds see no more than index_topk keys."""
+    overrides = ["model.mtp.draft_positions=chained", f"model.attention.index_mtp_newest={newest_rule}"]
+    model = repeating(lsa(*overrides, f"model.attention.selection.kind={rule}"))
+    prompt = torch.randint(0, 512, (10,))
+    assert torch.equal(speculate(model, prompt, 20).tokens, generate(model, prompt, 20))
+
+
+@pytest.mark.parametrize("decode", ["true", "false"])
+def test_drafts_are_judged_by_the_indexing_that_decoding_has(decode):
+    pages = f"{{page: 4, block: 2, pages: 3, exempt: 0, from_length: 0, decode: {decode}}}"
+    model, prompt = repeating(lsa(f"model.attention.hierarchical={pages}")), torch.randint(0, 512, (30,))
+    assert torch.equal(speculate(model, prompt, 20).tokens, generate(model, prompt, 20))

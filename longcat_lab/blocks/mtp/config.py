@@ -98,8 +98,12 @@ class MTPConfig(BlockConfig):
         head = Budget(flops_per_token=2.0 * shape.hidden_size * shape.vocab_size)  # the trunk's, used once more a step
         every_step = replace(one, params=0) + head
         shared = Budget()
-        if getattr(shape.attention, "dsa_mtp_cli", False) and shape.attention.owns_index(place):  # steps 2 ... D take step 1's selection
-            shared = (1 - self.num_nextn_predict_layers) * replace(shape.attention.index_budget(place), params=0, state_bytes_per_token=0)
+        if getattr(shape.attention, "dsa_mtp_cli", False):  # steps 2 ... D take step 1's selection
+            per_layer = 1 if layer.kind == "decoder" else 2
+            places = [replace(place, attention_index=place.layer_index * per_layer + s) for s in range(per_layer)]
+            owners = sum(shape.attention.owns_index(each) for each in places)
+            index = replace(shape.attention.index_budget(place), params=0, state_bytes_per_token=0)
+            shared = owners * (1 - self.num_nextn_predict_layers) * index
         own = self.own_embedding_config(shape)
         carried = Budget(params=own.budget(shape).params) if own else Budget()  # looked up or idle, never multiplied
         return Budget(params=self.blocks * one.params) + self.num_nextn_predict_layers * every_step + shared + carried

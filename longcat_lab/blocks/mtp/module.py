@@ -78,7 +78,7 @@ class MTP(Block):
         for step in range(1, self.config.num_nextn_predict_layers + 1):
             block, ahead = self.block(step), nn.functional.pad(tokens[:, step:], (0, min(step, tokens.shape[1])))
             inputs = (h, self.embed(ahead, trunk), self._context(context(), tokens, step))
-            recompute = self.config.recompute and self.training and torch.is_grad_enabled()
+            recompute = self.config.recompute and torch.is_grad_enabled()
             h = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             found.append(block.norm(h))
             h = h if self.config.hidden == "raw" else found[-1]

@@ -16,6 +16,15 @@ from longcat_lab.node import ConfigError, Node
 LAYER_NORM_EPS = 1e-6  # of DSA's key norm, whatever the model's own norms have
 
 
+def attentions(shape: ModelShape) -> int:
+    """Attentions of the trunk."""
+    return shape.num_layers * attentions_of_a_layer(shape)
+
+
+def attentions_of_a_layer(shape: ModelShape) -> int:
+    return 1 if getattr(shape.layer, "kind", "scmoe") == "decoder" else 2
+
+
 class DistillConfig(Node):
     """How the indexer learns from the attentions it serves: KL to their weights, in the dense warm-up and in sparse training."""
 
@@ -43,10 +52,10 @@ class HierarchicalConfig(Node):
     page: int = Field(128, ge=1, description="P: tokens of a page")
     block: int = Field(8, ge=1, description="B: tokens of a sub-block, whose mean key stands for them; divides page")
     pages: int = Field(1024, ge=1, description="M: pages whose tokens are scored")
-    exempt: int = Field(4, ge=0, description="indexers, from the first on, that stay flat")
+    exempt: int = Field(4, ge=0, description="indexers, from the first on, that stay flat; a prediction step's counts as the first")
     pooling: Literal["mean", "minmax"] = Field("mean", description="of a sub-block's keys: their mean, or the bound by least and largest")
     from_length: int = Field(262_144, ge=0, description="keys below which indexing stays flat")
-    decode: bool = Field(False, description="also where a pass brings a single token; LongCat serves decoding flat")
+    decode: bool = Field(False, description="also for tokens that come after the prompt's own pass; LongCat serves decoding flat")
 
     @model_validator(mode="after")
     def _divides(self) -> HierarchicalConfig:
@@ -54,9 +63,9 @@ class HierarchicalConfig(Node):
             raise ValueError(f"block is {self.block}, which does not divide page {self.page}: make it a divisor")
         return self
 
-    def applies(self, indexer: int, queries: int, keys: int) -> bool:
-        """Whether the model's `indexer`-th indexer works page by page on `queries` queries and `keys` keys."""
-        return indexer >= self.exempt and keys >= self.from_length and (self.decode or queries > 1)
+    def applies(self, indexer: int, decoding: bool, keys: int) -> bool:
+        """Whether the model's `indexer`-th indexer works page by page on `keys` keys; decoding: some of them are of earlier passes."""
+        return indexer >= self.exempt and keys >= self.from_length and (self.decode or not decoding)
 
 
 @register("attention")
@@ -116,7 +125,30 @@ class DSAConfig(MLAConfig):
         weights = self.distill.served_weights
         if weights and (len(weights) != self.cli_factor or min(weights) < 0):
             raise ValueError(f"distill.served_weights {weights} must be {self.cli_factor} numbers (cli_factor), none below 0")
+        pages = self.hierarchical
+        if pages and self.selection.kind != "indexer":
+            raise ValueError(f"hierarchical is for selection.kind indexer, not {self.selection.kind}: leave it out")
+        if pages and pages.page * pages.pages < self.index_topk:
+            raise ValueError(f"hierarchical.pages x page is {pages.page * pages.pages}, below index_topk {self.index_topk}: raise pages")
         return self
+
+    def check(self, shape: ModelShape) -> None:
+        weights = self.distill.served_weights
+        for group in {self.group(index) for index in range(attentions(shape))} if weights else ():
+            if not any(weights[: self.members(group, shape)]):
+                raise ConfigError(
+                    f"model.attention.distill.served_weights {weights} leaves the index of group {group} without a teacher "
+                    f"(it serves {self.members(group, shape)}): give one of these a weight."
+                )
+
+    def members(self, group: int, shape: ModelShape) -> int:
+        """Attentions of the trunk in an index group; the first and the last one of a model may be smaller than cli_factor."""
+        return max(1, sum(self.group(index) == group for index in range(attentions(shape))))
+
+    def members_in_layer(self, shape: ModelShape) -> int:
+        """Attentions of the group of `shape.attention_index` in a prediction step, which is a layer behind the trunk, or one attention."""
+        behind = range(attentions(shape), attentions(shape) + attentions_of_a_layer(shape))
+        return sum(self.group(i) == self.group(shape.attention_index) for i in behind) if shape.attention_index in behind else 1
 
     def group(self, attention_index: int) -> int:
         """Number of the group of attentions that share a selection."""
@@ -163,7 +195,8 @@ class DSAConfig(MLAConfig):
         return 2 * self.kv_lora_rank + self.qk_rope_head_dim if self.selects(shape) else super().core_width(shape)
 
     def index_budget(self, shape: ModelShape) -> Budget:
-        """What an indexer costs beside its attention: projections, key norm, scores of all visible pairs, cached keys.
+        """What an indexer costs beside its attention: projections, key norm, scores of all visible pairs, cached keys. Its losses are not
+        counted, nor is what the rule `oracle` looks at.
 
         No FLOPs where a sequence has no more than index_topk tokens: all of them are selected, and it does not run.
         """

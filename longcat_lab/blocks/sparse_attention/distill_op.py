@@ -46,7 +46,7 @@ def restricted_mass(q: Tensor, k: Tensor, first: Tensor | None, scale: float, in
         mass = attention_mass(q, k, first, scale, begin, end)
         parts.append(mass.gather(-1, indices[:, begin:end].clamp(min=0).long()))
     kept = torch.cat(parts, 1).masked_fill(indices < 0, 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+    return kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)  # all of it elsewhere: 0, no teacher
 
 
 def divergence(p: Tensor, scores: Tensor, weights: Tensor, temperature: float = 1.0) -> Tensor:

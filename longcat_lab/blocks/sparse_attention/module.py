@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,11 +38,13 @@ class Index:
     vectors: q, k, w of the indexer, with gradient to it alone; None where the rule has no indexer, or nothing asked for it.
     indices: the selection, int32 [B, T, K]; None while the attentions are dense.
     scores: the indexer's scores at the selected keys [B, T, K], with gradient; None where it does not learn.
+    window: the last so many keys of every query are among them for certain, in the last places (as many as there are).
     """
 
     vectors: tuple[Tensor, Tensor, Tensor] | None = None
     indices: Tensor | None = None
     scores: Tensor | None = None
+    window: int = 0
 
 
 class SparseAttention(MLA):
@@ -66,12 +69,13 @@ class SparseAttention(MLA):
     def __init__(self, config: DSAConfig, shape: ModelShape) -> None:
         super().__init__(config, shape)
         self.group, self.place = config.group(shape.attention_index), config.place(shape.attention_index)
+        self.members, self.members_in_layer = config.members(self.group, shape), config.members_in_layer(shape)
         self.indexer = Indexer(config, shape) if config.owns_index(shape) else None
         # What the indexer sees of the query latent: LongCat's factor taken out again, or left in.
         self.index_q_scale = self.q_scale if config.index_query_latent == "normed" else 1.0
         self.kept: tuple[Tensor, Tensor] | None = None  # pairs selected and pairs visible, in the last training pass
-        self.losses: list[Tensor] = []  # index KL of the passes since the last step, each a mean over its queries
-        self.shares: list[float] = []
+        # Of the passes since the last step: their index KL, each weighed by its share of the batch, and the sum of these shares.
+        self.taught: tuple[Tensor | float, float] = (0.0, 0.0)
         self.told: dict[str, float] = {}
 
     def attend(
@@ -80,9 +84,9 @@ class SparseAttention(MLA):
         sparse = self.stage == "sparse" and self.config.selection.selects and c_kv.shape[1] > self.config.index_topk
         learns = self.learns(sparse)
         if not sparse:
-            if self.indexer is not None and not self.reuses(context) and (learns or context.cache is not None):
+            if not self.reuses(context) and (learns or context.cache is not None):
                 with torch.set_grad_enabled(learns):  # with a cache: later tokens will look at these keys
-                    self.leave(Index(self.vectors(x, c_q, context)), context)
+                    self.leave(Index(self.vectors(x, c_q, context) if self.indexer is not None else None), context)
             out = super().attend(x, c_q, q_nope, q_rope, c_kv, k_rope, context)
             self.kept = None if self.training else self.kept
             if not learns:
@@ -93,7 +97,7 @@ class SparseAttention(MLA):
             return self.learn(out, self.dense_divergence(q, k, x, context), context)
         index = self.shared(context) if self.reuses(context) else self.leave(self.select(x, c_q, q, k, context, learns), context)
         values = k[..., : self.config.kv_lora_rank]
-        latent, mass = ops.sparse_attention(q, k, values, index.indices, self.softmax_scale, self.config.index_local_tokens)
+        latent, mass = ops.sparse_attention(q, k, values, index.indices, self.softmax_scale, index.window)
         out = self.o_proj(self.raised(latent))
         return self.learn(out, self.sparse_divergence(index, mass, q, k, x, context), context) if learns else out
 
@@ -108,9 +112,10 @@ class SparseAttention(MLA):
     def teaching_weight(self, context: ForwardContext) -> float:
         """Weight of this attention's KL: the distillation's, and its share in the group (of attentions, or of prediction steps)."""
         distill = self.config.distill
-        place, size = self.place, self.config.cli_factor
+        place, size = self.place, self.members
         if context.step:
-            place, size = (context.step - 1, context.steps) if self.config.dsa_mtp_cli else (0, 1)
+            steps = context.steps if self.config.dsa_mtp_cli else 1
+            place, size = place + (context.step - 1 if steps > 1 else 0) * self.members_in_layer, steps * self.members_in_layer
         elif distill.served_weights:
             return distill.weight * distill.served_weights[place]
         return distill.weight * {"sum": 1.0, "mean": 1 / size, "owner": float(place == 0)}[distill.served]
@@ -143,7 +148,8 @@ class SparseAttention(MLA):
         if self.training and not in_backward():
             seen = torch.arange(1, k.shape[1] + 1, device=q.device)[-q.shape[1] :] - (0 if context.first is None else context.first)
             self.kept = (indices >= 0).sum(), seen.expand(q.shape[:2]).sum()
-        return Index(vectors, indices, ops.selected_scores(*vectors, indices) if learns else None)
+        scores = ops.selected_scores(*vectors, indices) if learns else None
+        return Index(vectors, indices, scores, self.config.index_local_tokens)
 
     def indices(self, vectors: tuple[Tensor, Tensor, Tensor] | None, q: Tensor, k: Tensor, context: ForwardContext) -> Tensor:
         """int32 [B, T, index_topk] by the rule."""
@@ -151,7 +157,8 @@ class SparseAttention(MLA):
         fixed = (c.index_topk, c.index_init_tokens, c.index_local_tokens)
         if type(rule) is IndexerSelection:
             pages = c.hierarchical
-            if pages is not None and not self.training and pages.applies(self.group, q.shape[1], k.shape[1]):
+            decoding = context.cache is not None and context.cache.length > 0
+            if pages is not None and not self.training and pages.applies(self.group, decoding, k.shape[1]):
                 how = {"page": pages.page, "block": pages.block, "pages": pages.pages, "pooling": pages.pooling}
                 return ops.hierarchical_topk(*vectors, context.first, *fixed, **how)
             return ops.index_topk(*vectors, context.first, *fixed)
@@ -195,18 +202,23 @@ class SparseAttention(MLA):
     def learn(self, out: Tensor, loss: Tensor, context: ForwardContext) -> Tensor:
         """`out`, with the loss hung on it."""
         if not in_backward():  # recomputed layers tell of it once
-            self.losses.append(loss.detach())
-            self.shares.append(context.share)
+            total, shares = self.taught
+            self.taught = total + context.share * loss.detach(), shares + context.share
         return add_loss(out, loss, self.teaching_weight(context) * context.share)
 
     # --- what it tells ------------------------------------------------------------------------------------------------------------
 
     def after_step(self) -> None:
         self.told = {}
-        if self.losses:
-            total = sum(share * float(loss) for share, loss in zip(self.shares, self.losses, strict=True))
-            self.told["index_kl"] = total / sum(self.shares)
-            self.losses, self.shares = [], []
+        total, shares = self.taught
+        if shares:
+            self.told["index_kl"] = float(total) / shares
+            self.taught = (0.0, 0.0)
+            if not math.isfinite(self.told["index_kl"]):
+                raise LabError(
+                    f"The index KL of attention group {self.group} is {self.told['index_kl']}: lower model.attention.distill.weight, "
+                    "training.optimizer.index_lr_multiplier or the learning rate."
+                )
         if self.kept is not None:
             chosen, visible = self.kept
             self.told["selected_share"] = float(chosen) / float(visible)

@@ -122,11 +122,14 @@ class OracleSelection(Selection):
 
 
 def choose(rule: Selection, at: Candidates) -> Tensor:
-    """`rule.rank`, checked: the right shape, no NaN."""
+    """`rule.rank` as floats, checked: the right shape, no NaN. -inf counts as the lowest finite number: invisible keys have it."""
     from longcat_lab.errors import LabError
 
     rank = rule.rank(at)
     if not isinstance(rank, Tensor) or rank.shape != at.visible.shape:
         found = list(rank.shape) if isinstance(rank, Tensor) else type(rank).__name__
         raise LabError(f"model.attention.selection.kind {rule.kind}: rank() gave {found}; it must give a tensor {list(at.visible.shape)}.")
-    return rank if rank.is_floating_point() else rank.to(torch.float64)
+    rank = rank if rank.is_floating_point() else rank.to(torch.float64)
+    if rank.isnan().any():
+        raise LabError(f"model.attention.selection.kind {rule.kind}: rank() gave NaN; it must give numbers.")
+    return rank.clamp(min=torch.finfo(rank.dtype).min)

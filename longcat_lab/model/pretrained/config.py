@@ -9,7 +9,7 @@ from typing import Any, Literal
 from longcat_lab.config.model import ModelConfig
 from longcat_lab.model.pretrained.keys import Keys
 from longcat_lab.model.pretrained.rope import rope_settings
-from longcat_lab.model.pretrained.sparse import deepseek_indexer, longcat_indexer
+from longcat_lab.model.pretrained.sparse import NOTED, deepseek_indexer, longcat_indexer
 from longcat_lab.node import ConfigError, validate_node
 
 Naming = Literal["longcat", "deepseek"]
@@ -81,8 +81,8 @@ def model_config(keys: Keys, names: Collection[str], latent_norm_eps: float | No
         # The released engines hand the trunk's normed state to the first step.
         data["mtp"]["hidden"] = noted.get("mtp_hidden", "normed")
         data["mtp"]["own_embedding"] = naming == "longcat" and noted.get("mtp_own_embedding", True)
-    if "index_query_latent" in noted:
-        data["attention"]["index_query_latent"] = noted["index_query_latent"]
+    if data["attention"]["kind"] in ("dsa", "lsa"):
+        data["attention"].update({name: noted[name] for name in NOTED if name in noted})
     keys.finish()
     try:
         return validate_node(ModelConfig, data), naming

@@ -10,7 +10,7 @@ from longcat_lab.config.model import ModelConfig
 from longcat_lab.errors import LabError
 from longcat_lab.model.pretrained.config import LATENT_NORM_EPS, OWN_KEY, Naming
 from longcat_lab.model.pretrained.rope import rope_keys
-from longcat_lab.model.pretrained.sparse import deepseek_indexer_keys, is_sparse, longcat_indexer_keys
+from longcat_lab.model.pretrained.sparse import deepseek_indexer_keys, is_sparse, longcat_indexer_keys, without_keys
 
 KINDS = {  # of each role, those that checkpoints can describe
     "attention": ("mla", "dsa", "lsa"),
@@ -65,8 +65,8 @@ def config_json(config: ModelConfig, naming: Naming) -> dict[str, Any]:
         noted["mtp_hidden"] = mtp.hidden
     if mtp is not None and naming == "longcat" and not mtp.own_embedding and math.isclose(fold_factors(c)[0], 1):
         noted["mtp_own_embedding"] = False
-    if is_sparse(c) and a.index_query_latent != "normed":
-        noted["index_query_latent"] = a.index_query_latent
+    if is_sparse(c):
+        noted.update(without_keys(a))
     return {**data, OWN_KEY: noted} if noted else data
 
 
@@ -127,7 +127,7 @@ def _longcat_json(c: ModelConfig, refuse: Callable[[bool, str], None]) -> dict[s
         "mla_scale_kv_lora": a.mla_scale_kv_lora,
     }
     if is_sparse(c):  # published without a model_type
-        data |= {"architectures": ["LongcatCausalLM"], **longcat_indexer_keys(a)}
+        data |= {"architectures": ["LongcatCausalLM"], **longcat_indexer_keys(a, refuse)}
     else:
         data["model_type"] = "longcat_flash_ngram" if ngram else "longcat_flash"
     if mtp is not None and mtp.num_nextn_predict_layers > 1:

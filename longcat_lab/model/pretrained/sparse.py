@@ -11,6 +11,8 @@ from longcat_lab.model.pretrained.keys import Keys
 
 SIZES = ("index_n_heads", "index_head_dim", "index_topk")
 # What an attention without an indexer, and DeepSeek's with one, have of LongCat's additions.
+# Settings without a key of their own, which config.json carries in a note: what is computed, and how an indexer goes on learning.
+NOTED = ("index_query_latent", "index_score_scale", "index_mtp_newest", "hierarchical", "distill")
 WITHOUT = {"index_init_tokens": 0, "index_local_tokens": 0, "cli_factor": 1, "dsa_mtp_cli": False}
 
 
@@ -66,8 +68,21 @@ def _layout(keys: Keys, default: bool) -> str:
     return "interleaved" if keys.get(bool, "indexer_rope_interleave", default=default) else "half-split"
 
 
-def longcat_indexer_keys(attention: BlockConfig) -> dict[str, Any]:
-    """The keys of an attention with an indexer, as LongCat-2.0 and Flash-Lite-Sparse have them, and the layout of its RoPE."""
+def without_keys(attention: BlockConfig) -> dict[str, Any]:
+    """Settings of an indexer that no published config.json has a key for, where they are not what the published models do."""
+    own, fields = attention.to_dict(), type(attention).model_fields
+    plain = {name: fields[name].get_default(call_default_factory=True) for name in NOTED}
+    return {name: own[name] for name in NOTED if getattr(attention, name) != plain[name]}
+
+
+def longcat_indexer_keys(attention: BlockConfig, refuse: Callable[[bool, str], None]) -> dict[str, Any]:
+    """The keys of an attention with an indexer, as LongCat-2.0 and Flash-Lite-Sparse have them, and the layout of its RoPE.
+
+    Raises:
+        LabError: by way of `refuse`, for indexers at other places, and for selection without them.
+    """
+    refuse(attention.cli_offset > 0, f"attention.cli_offset {attention.cli_offset}")
+    refuse(attention.selection.kind != "indexer", f"attention.selection.kind {attention.selection.kind}")
     return {
         "attention_method": "LSA",
         **{name: getattr(attention, name) for name in (*SIZES, *WITHOUT, "index_k_norm_type")},
@@ -85,6 +100,7 @@ def deepseek_indexer_keys(config: ModelConfig, refuse: Callable[[bool, str], Non
     refuse(a.index_init_tokens > 0, "attention.index_init_tokens")
     refuse(a.index_local_tokens > 0, "attention.index_local_tokens")
     refuse(a.cli_factor > 1, "attention.cli_factor above 1")
+    refuse(a.selection.kind != "indexer", f"attention.selection.kind {a.selection.kind}")
     refuse(a.dsa_mtp_cli and steps > 1, "attention.dsa_mtp_cli for several steps")
     refuse(a.index_k_norm_type != "layer", f"attention.index_k_norm_type {a.index_k_norm_type}")
     refuse(a.index_rope_layout != "half-split", f"attention.index_rope_layout {a.index_rope_layout}")  # transformers has no other
