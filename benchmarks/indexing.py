@@ -58,7 +58,8 @@ def indexing() -> Iterator[Row]:
         yield compare(f"index/{LENGTH}", ours, ("materialised, torch.topk", lambda: _materialised(*tensors)), 9)
         yield compare(f"index/{LENGTH}", ours, ("scores alone, all pairs", lambda: op.index_scores(*tensors)), 9)
         yield compare(f"index/{LENGTH}", ours, ("reference, in chunks", lambda: op.index_topk(*tensors, None, TOPK)), 3)
-        for times, kept, name in ((8, PAGES, "tail"), (8, PAGES, "whole"), (16, PAGES, "tail"), (16, PAGES, "whole"), (8, 4 * PAGES, "tail")):
+        cases = [(times, PAGES, name) for times in (8, 16) for name in ("tail", "whole")]
+        for times, kept, name in (*cases, (8, 4 * PAGES, "tail")):
             keys = times * PAGE * kept
             given = _inputs(TAIL if name == "tail" else keys, keys)
             pages = {"page": PAGE, "block": BLOCK, "pages": kept}

@@ -13,7 +13,7 @@ from longcat_lab.blocks.mla.op import attention_reference, causal_mask, shared_k
 from longcat_lab.blocks.sparse_attention import ops
 from longcat_lab.blocks.sparse_attention.distill_op import attention_mass
 from longcat_lab.blocks.sparse_attention.module import SparseAttention
-from longcat_lab.blocks.sparse_attention.op import select, selected_scores, sparse_attention
+from longcat_lab.blocks.sparse_attention.op import merged_attention, select, selected_scores, sparse_attention
 from longcat_lab.budget import totals
 from longcat_lab.config import ConfigError, load
 from longcat_lab.errors import LabError
@@ -237,6 +237,20 @@ def test_with_all_keys_selected_the_core_is_torchs():
         torch.zeros(2, 7, 12).double().scatter(-1, torch.where(indices < 0, 11, indices).long(), mass)[..., :11],
         attention_mass(q, k, None, 0.3),
     )
+
+
+@pytest.mark.parametrize("window", [1, 4, 9])
+def test_window_and_other_keys_merged_by_log_sum_exp_are_one_softmax(window):
+    """Values and gradients; early queries, and those of a document's start, have nothing but their window."""
+    q, k = torch.randn(2, 20, 3, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 20, 6, dtype=torch.float64, requires_grad=True)
+    first = torch.where(torch.arange(20) >= 11, 11, 0).expand(2, -1)
+    indices = select(torch.randn(2, 20, 20), visible_keys(first, 20, 20, CPU), 9, 0, window)
+    assert (indices[..., : 9 - window] < 0).all(-1).any() and (indices >= 0).all(-1).any()
+    found, whole = merged_attention(q, k, k[..., :4], indices, 0.7, window), sparse_attention(q, k, k[..., :4], indices, 0.7)[0]
+    given = torch.randn_like(whole)
+    gradients = [torch.autograd.grad(each, (q, k), given) for each in (found, whole)]
+    assert torch.allclose(found, whole, atol=1e-12)
+    assert all(torch.allclose(*pair, atol=1e-12) for pair in zip(*gradients, strict=True))
 
 
 def test_in_chunks_plain_pytorch_gives_the_same_values_and_gradients(monkeypatch):

@@ -98,7 +98,7 @@ def test_oracles_are_locked_installed_and_required_by_nothing():
     for name, wanted in oracles.items():
         version = lock()[name] if name != "triton" else Version("3.7.1")  # the lock leaves it to torch, whose CUDA builds pin this one
         assert wanted.specifier.contains(version)
-        assert wanted.marker is not None and not wanted.marker.evaluate() or installed()[name].version == str(version)
+        assert (wanted.marker is not None and not wanted.marker.evaluate()) or installed()[name].version == str(version)
 
 
 def test_npu_comes_only_when_asked_for():

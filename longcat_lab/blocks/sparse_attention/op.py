@@ -119,6 +119,31 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: fl
     return weights @ rows(v, indices), weights.detach().mean(2)
 
 
+def merged_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, window: int) -> Tensor:
+    """`sparse_attention` in two parts, as two streams make it: the window, and all other keys, each with a softmax of its own.
+
+        o = sum_i exp(lse_i - lse) o_i,   lse = log sum_i exp(lse_i)
+
+    is one softmax over both. A query without a key in a part gets nothing from it.
+
+    Args:
+        indices: a selection whose last `window` places are the window's; others: as in `sparse_attention`.
+
+    Returns:
+        o [B, T, H, d_v].
+
+    Source: LSA (arXiv 2608.01662), the core that attends to window and selected tokens in two streams.
+    """
+    split, parts = indices.shape[-1] - window, []
+    for own in (indices[..., :split], indices[..., split:]):
+        scores = (q @ rows(k, own).transpose(-1, -2)) * scale
+        scores = scores.masked_fill((own < 0)[:, :, None], torch.finfo(q.dtype).min)  # not -inf, whose softmax is no number
+        there = (own >= 0).any(-1)[:, :, None]
+        parts.append((scores.softmax(-1) @ rows(v, own), scores.logsumexp(-1).masked_fill(~there, -torch.inf)))
+    total = torch.logaddexp(parts[0][1], parts[1][1])
+    return sum((lse - total).exp()[..., None] * out for out, lse in parts)
+
+
 def mean_selected(length: int, topk: int) -> float:
     """Mean over the positions t = 1 ... length of min(t, topk): keys that a query of one document attends to."""
     early = min(length, topk)

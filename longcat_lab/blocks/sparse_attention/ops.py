@@ -41,7 +41,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: fl
     """`op.sparse_attention` in memory O(T (K + H d)), its backward too.
 
     Args:
-        window: promise that each query's last places are the keys that end with itself, up to so many: they are read as a band.
+        window: promise that each query's last places are the keys that end with itself, up to so many: they need not be fetched ahead.
     """
     fast = _fast("sparse_attention", q, k, v)
     if fast is not None:
