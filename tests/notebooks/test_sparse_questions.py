@@ -53,6 +53,18 @@ def test_arms_train_the_language_model_on_as_many_steps(name):
     assert len(steps) == 1
 
 
+@pytest.mark.parametrize("name", ["kinds", "recall"])
+def test_the_arms_of_dsa_and_lsa_are_what_they_are_called(name):
+    """An override of the kind alone keeps the other kind's settings where a preset has written them out."""
+    arms = solve(question(f"sparse_{name}")).configs
+    for kind in ("dsa", "lsa"):
+        attention = arms[kind].model.attention
+        assert attention.kind == kind
+        for key in ("index_k_norm_type", "index_rope_layout", *(["cli_factor"] if name == "kinds" else [])):
+            assert getattr(attention, key) == type(attention).model_fields[key].default, (kind, key)
+    assert (arms["dsa"].model.attention.index_local_tokens, arms["dsa"].model.attention.index_init_tokens) == (0, 0)
+
+
 def test_ratios_are_those_of_the_published_models_where_they_can_be():
     proxy, published = load("sparse-proxy").model.attention, load("longcat-2.0").model.attention
     for c in (proxy, published):
