@@ -33,6 +33,12 @@ class RunConfig(Node):
                 f"data.sequence_length {self.data.sequence_length} is above model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}: make one fit the other"
             )
+        longest = max(self.data.probe_lengths(), default=0)
+        if longest > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.probe.evaluation_lengths {longest} is above model.max_position_embeddings {self.model.max_position_embeddings}: "
+                "make one fit the other"
+            )
         growth = self.training.growth
         if growth and self.model.num_layers % growth.times:
             raise ValueError(f"training.growth.times {growth.times} does not divide model.num_layers {self.model.num_layers}")
@@ -109,9 +115,10 @@ def _set(data: dict[str, Any], path: list[str], value: Any, key: str) -> None:
 
 
 def _kinds_at(path: list[str]) -> dict[str, type[Node]]:
-    """Kinds that the node at `path` may be: blocks by their role, sources of text."""
+    """Kinds that the node at `path` may be: blocks by their role, sources of text, probe tasks."""
     if path[:1] == ["model"]:
         return kinds(path[-1])
-    if path == ["data", "source"]:
-        return {kind.model_fields["kind"].default: kind for kind in get_args(DataConfig.model_fields["source"].annotation)}
+    if path in (["data", "source"], ["data", "probe"]):
+        found = get_args(DataConfig.model_fields[path[1]].annotation)
+        return {kind.model_fields["kind"].default: kind for kind in found if kind is not type(None)}
     return {}
