@@ -318,16 +318,16 @@ def test_evaluation_teaches_nothing():
 def test_the_dense_loss_keeps_nothing_of_the_size_of_all_pairs():
     """4096 x 4096 in fp32 are 64 MiB for one head; there are 8 + 4 of them, and several times in a backward that keeps them."""
     code = """
-        import resource, torch
+        import re, torch
         from longcat_lab.blocks.sparse_attention.distill_op import dense_divergence
         def peak(length):
             index = [torch.randn(1, length, 4, 32), torch.randn(1, length, 32), torch.randn(1, length, 4)]
             index = [each.requires_grad_() for each in index]
             q, k = torch.randn(1, length, 8, 48), torch.randn(1, length, 48)
             dense_divergence(tuple(index), q, k, None, 0.1, torch.full((1, length), 1 / length)).backward()
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
         before = peak(256)
         print(peak(4096) - before)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 160
+    assert 4 < float(done.stdout) < 160

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 CODE = """
-    import resource
+    import re
     import torch
     from longcat_lab.blocks import ForwardContext, LSAConfig, ModelShape, RMSNormConfig, RopeConfig
 
@@ -21,7 +21,8 @@ CODE = """
         x = torch.randn(1, length, 256, requires_grad=True)
         attention(x, context).square().mean().backward()
         assert attention.indexer.wk.weight.grad.abs().sum() > 0 and attention.taught[1] == 1
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        # Not getrusage, whose peak begins with that of the process that started this one.
+        return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
     before = peak(256)
     print(peak(LENGTH) - before)
@@ -41,5 +42,6 @@ def rise(length, kernels):
 def test_memory_does_not_grow_with_the_square_of_the_length(kernels, length, bound):
     """8192 x 8192 is 64 MiB in bool, 256 MiB in fp32, for each of 8 heads. Twice the length may take twice, not four times."""
     half, whole = rise(length // 2, kernels), rise(length, kernels)
+    assert half > 20
     assert whole < bound, (half, whole)
     assert whole < 2.6 * half, (half, whole)
