@@ -72,7 +72,9 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _warn_once() -> None:
-    warnings.warn(f"Mixtures of experts and attention run on plain PyTorch, which is slower: {why_not()}", RuntimeWarning, stacklevel=4)
+    warnings.warn(
+        f"Mixtures of experts, attention and indexing run on plain PyTorch, which is slower: {why_not()}", RuntimeWarning, stacklevel=4
+    )
 
 
 @functools.cache

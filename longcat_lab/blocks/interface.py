@@ -92,6 +92,11 @@ class BlockConfig(Node):
         raise NotImplementedError
 
 
+def attentions_of(layer: BlockConfig | None) -> int:
+    """Attentions in a layer of this kind: one in a plain decoder layer, two in a shortcut layer and in the same parts in serial order."""
+    return 1 if layer is not None and layer.kind == "decoder" else 2
+
+
 class Block(nn.Module):
     """Base of the blocks' modules: what the model's initialisation, the optimizer and the logs may ask of a module.
 

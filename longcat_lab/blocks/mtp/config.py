@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from longcat_lab.blocks.decoder_layer.config import DecoderLayerConfig
-from longcat_lab.blocks.interface import BlockConfig, Budget, ModelShape, register
+from longcat_lab.blocks.interface import BlockConfig, Budget, ModelShape, attentions_of, register
 from longcat_lab.blocks.mtp.module import MTP
 from longcat_lab.node import ConfigError
 
@@ -78,7 +78,7 @@ class MTPConfig(BlockConfig):
 
     def check(self, shape: ModelShape) -> None:
         attention, (layer, place) = shape.attention, self.inner(shape)
-        first = replace(place, attention_index=place.layer_index * (1 if layer.kind == "decoder" else 2))
+        first = replace(place, attention_index=place.layer_index * attentions_of(layer))
         if hasattr(attention, "place") and attention.place(first.attention_index):
             raise ConfigError("model.mtp: its attention would reuse an index that no layer before it owns: make num_layers fit cli_factor.")
         if self.own_ngram_tables and getattr(shape.embedding, "ngram", None) is None:
@@ -99,7 +99,7 @@ class MTPConfig(BlockConfig):
         every_step = replace(one, params=0) + head
         shared = Budget()
         if getattr(shape.attention, "dsa_mtp_cli", False):  # steps 2 ... D take step 1's selection
-            per_layer = 1 if layer.kind == "decoder" else 2
+            per_layer = attentions_of(layer)
             places = [replace(place, attention_index=place.layer_index * per_layer + s) for s in range(per_layer)]
             owners = sum(shape.attention.owns_index(each) for each in places)
             index = replace(shape.attention.index_budget(place), params=0, state_bytes_per_token=0)

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import nn
 
-from longcat_lab.blocks.interface import STATE_ELEMENT_BYTES, Budget, ModelShape, register, slot
+from longcat_lab.blocks.interface import STATE_ELEMENT_BYTES, Budget, ModelShape, attentions_of, register, slot
 from longcat_lab.blocks.mla.config import MLAConfig
 from longcat_lab.blocks.sparse_attention.module import SparseAttention
 from longcat_lab.blocks.sparse_attention.op import mean_selected
@@ -18,11 +18,7 @@ LAYER_NORM_EPS = 1e-6  # of DSA's key norm, whatever the model's own norms have
 
 def attentions(shape: ModelShape) -> int:
     """Attentions of the trunk."""
-    return shape.num_layers * attentions_of_a_layer(shape)
-
-
-def attentions_of_a_layer(shape: ModelShape) -> int:
-    return 1 if getattr(shape.layer, "kind", "scmoe") == "decoder" else 2
+    return shape.num_layers * attentions_of(shape.layer)
 
 
 class DistillConfig(Node):
@@ -147,7 +143,7 @@ class DSAConfig(MLAConfig):
 
     def members_in_layer(self, shape: ModelShape) -> int:
         """Attentions of the group of `shape.attention_index` in a prediction step, which is a layer behind the trunk, or one attention."""
-        behind = range(attentions(shape), attentions(shape) + attentions_of_a_layer(shape))
+        behind = range(attentions(shape), attentions(shape) + attentions_of(shape.layer))
         return sum(self.group(i) == self.group(shape.attention_index) for i in behind) if shape.attention_index in behind else 1
 
     def group(self, attention_index: int) -> int:

@@ -27,7 +27,6 @@ from longcat_lab.errors import LabError
 if TYPE_CHECKING:
     from longcat_lab.blocks.sparse_attention.config import DSAConfig
 
-STAGES = ("dense", "warmup", "sparse")
 CHUNK = 256  # queries that a rule other than the indexer's ranks at a time
 
 

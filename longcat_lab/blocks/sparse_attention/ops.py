@@ -67,7 +67,7 @@ def _compiled(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
         import longcat_kernels
     except ImportError:  # an installation of longcat_lab alone
         return None
-    return getattr(longcat_kernels, name, None) if longcat_kernels.takes(*tensors) else None
+    return getattr(longcat_kernels, name) if longcat_kernels.takes(*tensors) else None
 
 
 def _in_chunks(run: Callable[..., Any], width: int, *by_query: Tensor) -> Any:

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from longcat_lab.blocks.interface import BlockConfig, register
+from longcat_lab.errors import LabError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +124,6 @@ class OracleSelection(Selection):
 
 def choose(rule: Selection, at: Candidates) -> Tensor:
     """`rule.rank` as floats, checked: the right shape, no NaN. -inf counts as the lowest finite number: invisible keys have it."""
-    from longcat_lab.errors import LabError
-
     rank = rule.rank(at)
     if not isinstance(rank, Tensor) or rank.shape != at.visible.shape:
         found = list(rank.shape) if isinstance(rank, Tensor) else type(rank).__name__
