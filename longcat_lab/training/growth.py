@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from longcat_lab.blocks.ngram_embedding.tables import NgramAddresses
+from longcat_lab.blocks.sparse_attention.indexer import Indexer
 from longcat_lab.config import RunConfig
 from longcat_lab.errors import LabError
 from longcat_lab.model import build
@@ -30,11 +31,17 @@ def source_name(name: str, layers: int) -> str:
 
 
 def _counterparts(small: nn.Module, large: nn.Module) -> None:
-    """Raises LabError where a layer of `large` and its source are not made of the same parts, or look n-grams up by another hash."""
+    """Raises LabError where a layer of `large` and its source are not made of the same parts, or look n-grams up by another hash.
+
+    An indexer that the source owns may be missing: in a group of more attentions than the shallow model has, its copy is served.
+    """
     layers = len(small.layers)
     for number, layer in enumerate(large.layers):
         source = small.layers[number % layers]
         shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (layer, source)]
+        served = {f"{name}." for name, module in source.named_modules() if isinstance(module, Indexer)}
+        kept = {name for name in shapes[1] if name in shapes[0] or not name.startswith(tuple(served))}
+        shapes[1] = {name: shape for name, shape in shapes[1].items() if name in kept}
         plans = [{name: m.plan for name, m in each.named_modules() if isinstance(m, NgramAddresses)} for each in (layer, source)]
         if shapes[0] != shapes[1] or plans[0] != plans[1]:
             what = "has other parts than" if shapes[0] != shapes[1] else "looks n-grams up by another hash than"

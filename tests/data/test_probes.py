@@ -322,10 +322,10 @@ def test_a_state_of_another_probe_is_refused_but_not_of_another_evaluation(made)
 
 
 def test_a_probe_may_be_switched_on_a_preset_and_keeps_what_both_have():
-    config = load("probe-needle", "data.probe.kind=copy", "data.probe.string_length=4")
-    assert config.data.probe.kind == "copy" and config.data.probe.far == load("probe-needle").data.probe.far
+    config = load("probe-multi-key", "data.probe.kind=copy", "data.probe.string_length=4")
+    assert config.data.probe.kind == "copy" and config.data.probe.far == load("probe-multi-key").data.probe.far
 
 
 def test_evaluation_lengths_that_the_model_cannot_take_are_told():
     with pytest.raises(ConfigError, match=r"evaluation_lengths 400 is above model.max_position_embeddings 256"):
-        load("probe-needle", "data.probe.evaluation_lengths=[100, 400]")
+        load("probe-multi-key", "data.probe.evaluation_lengths=[100, 400]")

@@ -153,6 +153,23 @@ def test_growth_that_cannot_be_is_named():
             load("tiny", *GROW, *settings)
 
 
+def test_the_copy_of_an_attention_that_owns_an_index_may_be_served_by_one():
+    """One indexer for four attentions: the shallow model's two have one, and so has the grown model; nobody's indexer is lost silently."""
+    kind = ("model.attention.kind=lsa", "model.layer.kind=decoder", "model.layer.first_k_dense_replace=4")
+    config = load(
+        "tiny", *GROW, *kind, "model.attention.cli_factor=4", "model.attention.index_topk=8", "model.attention.index_local_tokens=3"
+    )
+    small, large = build(growth.shallow(config), seed=1), build(config, seed=2)
+    growth.stack(small, large)
+    owners = [i for i, layer in enumerate(large.layers) if layer.self_attn.indexer is not None]
+    assert owners == [0] and [i for i, layer in enumerate(small.layers) if layer.self_attn.indexer is not None] == [0]
+    for name, value in large.layers[2].state_dict().items():
+        assert torch.equal(value, small.layers[0].state_dict()[name])
+    # The other way round a part would have to be made up.
+    with pytest.raises(LabError, match="layer 1 has other parts than layer 1"):
+        growth.stack(small, build(load(config, "model.attention.cli_factor=1"), seed=2))
+
+
 FFN, NGRAM = "model.ffn", "model.embedding.ngram"
 UNLIKE = {
     "other parts": ((f"{FFN}.kind=plne_swiglu", f"{FFN}.injection_layers=[0, 1]"), "layer 2 has other parts than layer 0"),
