@@ -42,6 +42,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def environment_for(threads: int) -> dict[str, str]:
+    """What a process that trains is started with: this process's environment, the same library, and so many threads if none are set."""
+    # Thread counts must be there before the process starts: numerical libraries read them once.
+    environment = {name: str(threads) for name in THREAD_VARIABLES} | dict(os.environ)
+    library = str(Path(longcat_lab.__file__).resolve().parents[1])
+    path = [library, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, path)))
+    return environment
+
+
 class _LocalHandle:
     def __init__(self, job: Job, process: subprocess.Popen[bytes]) -> None:
         self._job, self._process = job, process
@@ -68,12 +78,7 @@ class LocalExecutor:
         self.threads = max(1, cores() // jobs)
 
     def submit(self, job: Job) -> Handle:
-        # Thread counts must be in the environment before the kernel starts: numerical libraries read them once.
-        environment = {name: str(self.threads) for name in THREAD_VARIABLES} | dict(os.environ)
-        library = str(Path(longcat_lab.__file__).resolve().parents[1])
-        path = [library, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, path)))
-        environment[DRIVER] = str(os.getpid())
+        environment = environment_for(self.threads) | {DRIVER: str(os.getpid())}
         job.folder.mkdir(parents=True, exist_ok=True)
         with open(job.folder / "job.log", "wb") as log:
             process = subprocess.Popen(

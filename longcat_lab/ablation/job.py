@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import store, superseded
+from longcat_lab.ablation import plugin_copies, store, superseded
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json
 
@@ -105,6 +105,7 @@ def _begin(folder: Path) -> dict[str, Any]:
     job = run["job"]
     job |= {"attempts": job.get("attempts", 0) + 1, "host": socket.gethostname()}
     job["started"] = datetime.now(UTC).isoformat(timespec="seconds")
+    plugin_copies.here(folder.parents[2], run)
     run |= {"status": "running", "reason": None}
     write_json(folder / "run.json", run)
     return run
@@ -152,6 +153,7 @@ def main(folder: Path) -> int:
         return BUSY
     watch.lock = lock
     from longcat_lab.ablation.kernel import end_left_kernel, execute
+    from longcat_lab.training.trackers import settle
 
     end_left_kernel(lock.before)
     began, error = time.monotonic(), None
@@ -165,7 +167,10 @@ def main(folder: Path) -> int:
         error = _said(problem, watch)
         print(error, flush=True)
     watch.ending.acquire()  # for good: the process ends now
-    return _record(folder, watch.reason, error, began)
+    status = _record(folder, watch.reason, error, began)
+    if watch.reason is None:
+        settle(folder)
+    return status
 
 
 def _said(problem: Exception, watch: Watch) -> str:

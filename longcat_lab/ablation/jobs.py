@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import evaluated, store
+from longcat_lab.ablation import evaluated, plugin_copies, store
 from longcat_lab.ablation.match import Solution
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.spec import Ablation
@@ -65,8 +65,18 @@ Cells = dict[tuple[str, int], Any]
 
 
 def cells(ablation: Ablation, solution: Solution, rooms: Rooms | None = None) -> Cells:
-    """(variant, seed) -> configuration, seed by seed, so that whole pairs are there early and half a sweep can already be read."""
+    """(variant, seed) -> configuration, seed by seed, so that whole pairs are there early and half a sweep can already be read.
+
+    Raises:
+        LabError: a job, which is a process of its own, could not make its configuration.
+    """
     rooms = rooms or Rooms()
+    for kind, configs in (("Variant", solution.configs), ("Arm", solution.evaluated)):
+        for name, config in configs.items():
+            try:
+                rooms.check_portable(config)
+            except LabError as error:
+                raise LabError(f"{kind} '{name}': {error}") from None
     return {(name, seed): rooms.apply(config, {"seed": seed}) for seed in ablation.seeds for name, config in solution.configs.items()}
 
 
@@ -77,7 +87,10 @@ def plan(ablation: Ablation, solution: Solution, folder: Path, notebook: Path, r
     for (variant, seed), config in cells(ablation, solution, rooms).items():
         home, identity = store.job_folder(folder, variant, seed), rooms.identity(config)
         arms = {name: solution.totals[name] for name in evaluated.arms_of(ablation, variant)}
+        config = plugin_copies.moved(config, folder, solution.plugins)
         jobs.append(Job(ablation.name, variant, seed, config, identity, solution.totals[variant], home, notebook, arms))
+    if edited := [path for path, source in rooms.contents(list(solution.plugins)).items() if source != solution.plugins[path]]:
+        raise LabError(f"{edited[0]} was edited while the sweep was being prepared: run it again.")
     return jobs
 
 

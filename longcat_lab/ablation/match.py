@@ -29,12 +29,14 @@ class Solution:
         moved: variant -> {dotted setting: solved value}, only settings that were free.
         totals: variant, or arm that is evaluated from one -> {quantity: total}.
         evaluated: arm that is evaluated from a variant -> the configuration that it is evaluated with.
+        plugins: path of a file of one's own blocks -> what was imported from it; the same for every variant.
     """
 
     configs: dict[str, Any]
     moved: dict[str, dict[str, int]]
     totals: dict[str, dict[str, float]]
     evaluated: dict[str, Any] = field(default_factory=dict)
+    plugins: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -56,12 +58,16 @@ def solve(ablation: Ablation, rooms: Rooms | None = None) -> Solution:
         LabError: an override does not fit a variant, or a rule cannot be met (the sentence gives the nearest total reached).
     """
     rooms = rooms or Rooms()
+    if ablation.plugins:
+        rooms.use_plugins(ablation.plugins)
     base = rooms.load(ablation.base)
+    files = list(dict.fromkeys([*getattr(base, "plugins", []), *ablation.plugins]))
+    own = {"plugins": files} if files else {}
     moved: dict[str, dict[str, int]] = {name: {} for name in ablation.variants}
 
     def configure(name: str, more: dict[str, int]) -> Any:
         # One application of everything: settings that only fit together must not be checked one by one.
-        return rooms.apply(base, {**ablation.set, **ablation.variants[name], **moved[name], **more})
+        return rooms.apply(base, {**own, **ablation.set, **ablation.variants[name], **moved[name], **more})
 
     configs = {}
     for name in ablation.variants:
@@ -98,7 +104,7 @@ def solve(ablation: Ablation, rooms: Rooms | None = None) -> Solution:
         _hold(number, rule, ablation, totals, moved)
     others = evaluated.configurations(ablation, configs, rooms)
     totals |= {name: dict(rooms.totals(config)) for name, config in others.items()}
-    return Solution(evaluated.asked(ablation, configs, rooms), moved, totals, others)
+    return Solution(evaluated.asked(ablation, configs, rooms), moved, totals, others, rooms.contents(files))
 
 
 def _hold(number: int, rule: Match, ablation: Ablation, totals: dict[str, dict[str, float]], moved: dict[str, dict[str, int]]) -> None:

@@ -14,6 +14,24 @@ def _load(base: str) -> Any:
     return load(base)
 
 
+def _use_plugins(files: list[str]) -> None:
+    from longcat_lab.config.plugins import use
+
+    use(files)
+
+
+def _contents(files: list[str]) -> dict[str, bytes]:
+    from longcat_lab.config.plugins import contents
+
+    return contents(files)
+
+
+def _check_portable(config: Any) -> None:
+    from longcat_lab.config.plugins import check_portable
+
+    check_portable(config)
+
+
 def _apply(config: Any, values: dict[str, Any]) -> Any:
     from longcat_lab.config import apply
 
@@ -60,6 +78,9 @@ class Rooms:
         data_key: configurations with equal keys share one prepared corpus.
         prepare: makes that corpus, calling `progress` now and then.
         check_evaluations: raises `LabError` where `training.evaluations` needs weights that are not trained.
+        use_plugins: imports files of blocks of one's own, so that configurations can name their kinds.
+        contents: path -> what was imported from it.
+        check_portable: raises `LabError` where a job's own process could not make the configuration.
     """
 
     load: Callable[[str], Any] = _load
@@ -69,3 +90,6 @@ class Rooms:
     data_key: Callable[[Any], str] = _data_key
     prepare: Callable[[Any, Callable[..., None]], None] = _prepare
     check_evaluations: Callable[[Any], None] = _check_evaluations
+    use_plugins: Callable[[list[str]], None] = _use_plugins
+    contents: Callable[[list[str]], dict[str, bytes]] = _contents
+    check_portable: Callable[[Any], None] = _check_portable

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
+from longcat_lab.config.plugins import located
 from longcat_lab.config.yaml import parse_yaml, read_yaml
 from longcat_lab.errors import LabError
 from longcat_lab.node import Node, nearest, validate_node
@@ -58,6 +59,10 @@ class Ablation(Node):
     question: Sentence = Field(description="the question in one sentence")
     hypothesis: Sentence = Field(description="the answer that is expected, written before running")
     base: str = Field(description="preset name, or a configuration file beside the question or in the working folder")
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="Python files with blocks of your own, beside the question or in the working folder; the sweep keeps a copy",
+    )
     set: dict[str, Any] = Field(default_factory=dict, description="dotted overrides for every variant")
     baseline: str = Field(description="the variant that the others are a change of")
     variants: dict[Name, dict[str, Any]] = Field(min_length=1, description="variant name -> dotted overrides; one change per arm")
@@ -74,7 +79,11 @@ class Ablation(Node):
     tuned: str = Field(default="", description="what was tuned on which arm, and on which other seeds")
     notebook: str | None = Field(default=None, description="the notebook that runs one job; notebooks/run.ipynb when left out")
     solved: dict[str, Any] = Field(default_factory=dict, description="written by the runner: moved settings and totals per arm")
+    copied: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="written by the runner: copy of each plugin -> the file that it is of, and its hash"
+    )
     changes: list[str] = Field(default_factory=list, description="written by the runner: what was edited after jobs had finished")
+    before: dict[str, Any] = Field(default_factory=dict, description="written by the runner: the same as it was before any of that")
 
     @property
     def arms(self) -> list[str]:
@@ -97,7 +106,9 @@ def read(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> 
         if not sign or not key.strip():
             raise LabError(f"Override '{override}': write it as key=value.")
         key, value = key.strip(), parse_yaml(text, f"Override '{override}'")
-        if not key.startswith("ablation."):
+        if key == "plugins":  # the question's and the configurations' are one list
+            data[key] = value
+        elif not key.startswith("ablation."):
             if data.get("set") is None or isinstance(data["set"], dict):  # else the schema says what is wrong with it
                 data["set"] = {**(data.get("set") or {}), key: value}
         elif (own := key.removeprefix("ablation.")) in Ablation.model_fields:
@@ -114,6 +125,8 @@ def read(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> 
     if not isinstance(source, dict) and isinstance(data.get("base"), str):
         data["base"] = _place(data["base"], Path(source))
     try:
+        if data.get("plugins"):
+            data["plugins"] = located(data["plugins"], None if isinstance(source, dict) else Path(source).resolve().parent)
         ablation = validate_node(Ablation, data)
     except LabError as error:
         raise LabError(f"{where}: {error}") from None
@@ -168,6 +181,8 @@ def _check(a: Ablation, where: str) -> None:
     if max(a.seeds) >= SEEDS:
         raise LabError(f"{where}: 'seeds' must be below 2**31 = {SEEDS}, got {max(a.seeds)}.")
     for place, overrides in [("set", a.set), *((f"variants.{name}", values) for name, values in a.variants.items())]:
+        if "plugins" in overrides:
+            raise LabError(f"{where}: '{place}' sets 'plugins', but they are the same for every variant: name them under 'plugins' itself.")
         if "seed" in overrides:
             raise LabError(f"{where}: '{place}' sets 'seed', but seeds come from 'seeds' so that they are paired.")
     moved: dict[tuple[str, str], int] = {}

@@ -4,6 +4,7 @@ FOLDER/ablation.yaml                      the resolved question
 FOLDER/jobs/VARIANT/seed-S/run.json       the truth about one job
 FOLDER/superseded/IDENTITY/VARIANT/seed-S finished jobs that a change has replaced; see `superseded`
 FOLDER/results.parquet                    one row per job, and one per arm that is evaluated from it
+FOLDER/plugins/NAME.py                    what jobs import; see `plugin_copies`
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat_lab.ablation import evaluated
+from longcat_lab.ablation import evaluated, plugin_copies
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_whole
 
@@ -47,17 +48,30 @@ def write_question(folder: Path, ablation: Ablation, solution: Solution) -> None
 
     solved = {name: {"moved": solution.moved.get(name, {}), "totals": totals} for name, totals in solution.totals.items()}
     settled = {name: {**overrides, **solution.moved[name]} for name, overrides in ablation.variants.items()}
-    now = stated(ablation.model_copy(update={"variants": settled, "solved": solved, "changes": []}).to_dict())
+    copied, names = plugin_copies.write(folder, solution.plugins), plugin_copies.names(solution.plugins)
+    own = {"plugins": list(dict.fromkeys(f"{plugin_copies.HOME}/{names[path]}" for path in ablation.plugins)), "copied": copied}
+    now = stated(ablation.model_copy(update={"variants": settled, "solved": solved, **own, "changes": [], "before": {}}).to_dict())
     if (folder / "ablation.yaml").is_file():
         before = read_question(folder)
-        changes = list(before.get("changes") or [])
-        edited = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in ("solved", "changes")]
+        changes, first = list(before.get("changes") or []), dict(before.get("before") or {})
+        not_asked = ("solved", "copied", "changes", "before")
+        edited = [key for key in {**before, **now} if _asked(before, key) != _asked(now, key) and key not in not_asked]
+        edited += [name for name, told in copied.items() if told["sha256"] != (before.get("copied") or {}).get(name, told).get("sha256")]
         runs = [read_run(job_folder(folder, name, seed)) for name in settled for seed in ablation.seeds]
         if edited and (done := sum(run is not None and run.get("status") == "finished" for run in runs)):
             changes.append(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {', '.join(edited)} edited when {done} jobs had finished")
-        now |= {"changes": changes} if changes else {}
+            first = {key: before[key] for key in edited if key in before} | first  # the oldest wording stays
+        now |= stated({"changes": changes, "before": first})
     text = write_yaml(now)
     write_whole(folder / "ablation.yaml", lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _asked(question: dict[str, Any], key: str) -> Any:
+    """What `key` holds, without where it is tracked: that decides no number."""
+    value = question.get(key)
+    if key == "set" and isinstance(value, dict):
+        return {name: v for name, v in value.items() if name != "track" and not name.startswith("tracking.")} or None
+    return value
 
 
 def stated(question: dict[str, Any]) -> dict[str, Any]:
@@ -252,6 +266,7 @@ class Sweep:
 
     Attributes:
         results: see `load_results`.
+        ablation: the question; its plugins are the copies in the sweep's folder.
         runs: (variant, seed) -> run.json, for jobs that have one with the identity of their row in `results`.
     """
 
@@ -276,4 +291,6 @@ def read_sweep(folder: str | Path) -> Sweep:
     meant = {(str(v), int(s)): i for v, s, i in zip(results["variant"], results["seed"], results["identity"], strict=True)}
     found = {cell: read_run(job_folder(folder, *cell)) for cell in meant}
     runs = {cell: run for cell, run in found.items() if run is not None and run.get("identity") == meant[cell]}
-    return Sweep(folder, read(folder / "ablation.yaml"), results, runs)
+    ablation = read(folder / "ablation.yaml")
+    plugin_copies.take_over(folder, ablation.copied, runs.values())
+    return Sweep(folder, ablation, results, runs)

@@ -12,13 +12,17 @@ A kind is one class: its configuration, which can say what it costs and can buil
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import sys
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from torch import Tensor, nn
 
-from longcat_lab.node import InnerNodeError, Node, nearest
+from longcat_lab.node import ConfigError, InnerNodeError, Node, nearest
 
 STATE_ELEMENT_BYTES = 2  # decoding caches are kept in bf16
 
@@ -149,17 +153,93 @@ Kind = TypeVar("Kind", bound=type[BlockConfig])
 def register(role: str, default: bool = False) -> Any:
     """Class decorator: makes a BlockConfig known under `role` and the default of its `kind` field.
 
-    default: this kind is taken where a configuration names none; the first one registered is, where no kind says so.
+    A class that is registered again, as by a cell that is run or edited again, replaces what it was. A name that longcat_lab itself or
+    another file has taken is an error.
+
+    default: this kind is taken where a configuration names none; the first one registered is, where no kind says so. Only for kinds of
+        longcat_lab: a class from elsewhere must not change what configurations mean that do not name it.
+
+    Raises:
+        ConfigError: the class has no `kind` or one that is taken, or there is no such role.
     """
 
     def add(kind: Kind) -> Kind:
-        name = kind.model_fields["kind"].default
+        name = _name_of(kind, role, default)
+        known = _KINDS.get(role, {}).get(name)
+        if known is not None and (holder := _holder(known, kind)):
+            raise ConfigError(f"The {role} kind '{name}' is taken by {holder}: give the `kind` of {kind.__qualname__} another name.")
         _KINDS.setdefault(role, {})[name] = kind
         if default or role not in _DEFAULTS:
             _DEFAULTS[role] = name
+        for watching in _WATCHING:
+            watching[role, name] = kind
         return kind
 
     return add
+
+
+def _built_in(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "longcat_lab"
+
+
+def _name_of(kind: Any, role: str, default: bool) -> str:
+    """The name under which `kind` is to be known."""
+    if not (isinstance(kind, type) and issubclass(kind, BlockConfig)):
+        raise ConfigError(f"register('{role}') is for a class that inherits from BlockConfig, not for {kind!r}.")
+    name = kind.model_fields["kind"].default
+    if not isinstance(name, str):
+        raise ConfigError(f'The class {kind.__qualname__} has no name: write `kind: Literal["my_name"] = "my_name"` in it.')
+    if not _built_in(kind) and role not in _KINDS:
+        raise ConfigError(f"There is no role '{role}'{nearest(role, list(_KINDS))}: change register('{role}') at {kind.__qualname__}.")
+    if not _built_in(kind) and default:
+        raise ConfigError(f"{kind.__qualname__} cannot be a default: take `default=True` away and name its kind in the configuration.")
+    return name
+
+
+def file_of(kind: type) -> str:
+    """The Python file that a class is from; empty for a notebook's cell."""
+    return str(getattr(sys.modules.get(kind.__module__), "__file__", None) or "")
+
+
+def _holder(known: type, new: type) -> str:
+    """Who holds a kind's name against the class `new`; empty where `new` may have it."""
+    if (known.__module__, known.__qualname__) == (new.__module__, new.__qualname__):
+        return ""
+    if _built_in(known):
+        return f"longcat_lab's own {known.__qualname__}"
+    file = file_of(known)
+    if not file or not os.path.exists(file):  # a notebook's cell, or a file that has moved
+        return ""
+    if file != file_of(new):
+        return file
+    return f"the class {known.__qualname__} of the same file" if known.__module__ == new.__module__ else ""
+
+
+_WATCHING: list[dict[tuple[str, str], type[BlockConfig]]] = []
+
+
+@contextlib.contextmanager
+def registering() -> Iterator[dict[tuple[str, str], type[BlockConfig]]]:
+    """Gathers the kinds that are registered inside, by role and name. None of them stays where an error ends it."""
+    before, defaults = kinds(), dict(_DEFAULTS)
+    gathered: dict[tuple[str, str], type[BlockConfig]] = {}
+    _WATCHING.append(gathered)
+    try:
+        yield gathered
+    except BaseException:
+        for known, was in ((_KINDS, before), (_DEFAULTS, defaults)):
+            known.clear()
+            known.update(was)
+        raise
+    finally:
+        _WATCHING.remove(gathered)
+
+
+def forget(role: str, name: str) -> None:
+    """Takes a kind away again."""
+    _KINDS[role].pop(name, None)
+    if _DEFAULTS.get(role) == name:  # of a role that has no kinds of longcat_lab
+        del _DEFAULTS[role]
 
 
 def kinds(role: str | None = None) -> dict[str, Any]:
@@ -173,7 +253,9 @@ def _choose(role: str, value: Any) -> Any:
     found = _KINDS.get(role, {})
     name = value.get("kind", _DEFAULTS.get(role))
     if not isinstance(name, str) or name not in found:
-        raise ValueError(f"there is no {role} kind {name!r}{nearest(str(name), list(found))}")
+        near = nearest(str(name), list(found))
+        own = "One of your own must be in a Python file that 'plugins' names"
+        raise ValueError(f"there is no {role} kind {name!r}{near}{'' if near.endswith('?') else '.'} {own}")
     try:
         return found[name].model_validate(value)
     except ValidationError as error:
@@ -182,4 +264,5 @@ def _choose(role: str, value: Any) -> Any:
 
 def slot(role: str) -> Any:
     """The type of a configuration field that any registered kind of `role` can fill."""
+    _KINDS.setdefault(role, {})
     return Annotated[SerializeAsAny[BlockConfig], BeforeValidator(lambda value: _choose(role, value))]

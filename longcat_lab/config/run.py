@@ -10,21 +10,35 @@ from typing import Any, get_args
 from pydantic import Field, model_validator
 
 from longcat_lab.blocks import kinds
+from longcat_lab.config import plugins as plugin_files
 from longcat_lab.config.data import DataConfig
 from longcat_lab.config.model import ModelConfig
-from longcat_lab.config.training import TrackingConfig, TrainingConfig
+from longcat_lab.config.training import TrackingConfig, TrainingConfig, tracked
 from longcat_lab.config.yaml import parse_yaml, read_yaml
 from longcat_lab.node import ConfigError, Node, nearest, validate_node
 
 
 class RunConfig(Node):
-    """Everything that decides a run's numbers (and `tracking`, which does not)."""
+    """Everything that decides a run's numbers (and `tracking`, which does not; of `plugins` the classes' code does, and no path)."""
 
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="Python files with blocks of your own, imported before anything else is read; relative to the file that names them, "
+        "or to the working folder",
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="paired seed: initial weights and data order both follow it")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _import_plugins(cls, data: Any) -> Any:
+        """Before any kind is looked up; whatever way plain data takes to become a RunConfig."""
+        if isinstance(data, Mapping) and data.get("plugins"):
+            return {**data, "plugins": plugin_files.use(data["plugins"])}
+        return data
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
@@ -75,7 +89,14 @@ def load(base: str | Path | Mapping[str, Any] | RunConfig, *overrides: str) -> R
 def apply(base: str | Path | Mapping[str, Any] | RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """As `load`, with overrides as a mapping from dotted key to a value that has its type already."""
     data = _plain(base)
-    for key, value in sorted(changes.items(), key=lambda pair: not pair[0].endswith(".kind")):  # a kind before its settings
+    if "plugins" in changes:
+        data["plugins"] = changes["plugins"]
+    if data.get("plugins"):  # now: what a kind's settings are is asked of its class below
+        data["plugins"] = plugin_files.use(data["plugins"])
+    settings = {key: value for key, value in changes.items() if key != "plugins"}
+    for key, value in sorted(settings.items(), key=lambda pair: not pair[0].endswith(".kind")):  # a kind before its settings
+        if key == "track":
+            key, value = "tracking.wandb", tracked(value)
         path = key.split(".")
         if not all(part.strip() for part in path):
             raise ConfigError(f"'{key}': the dotted key has an empty part; write names with one dot between them, as in model.num_layers.")
@@ -91,7 +112,10 @@ def _plain(base: str | Path | Mapping[str, Any] | RunConfig) -> dict[str, Any]:
     if str(base) in presets():
         return read_yaml(presets()[str(base)])
     if Path(base).suffix in (".yaml", ".yml"):
-        return read_yaml(base)
+        data = read_yaml(base)
+        if data.get("plugins"):
+            data["plugins"] = plugin_files.located(data["plugins"], Path(base).resolve().parent)
+        return data
     raise ConfigError(f"There is no preset '{base}'{nearest(str(base), list(presets()))} (a file's name ends in .yaml).")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from longcat_lab.node import Node
+from longcat_lab.node import ConfigError, Node, nearest
 
 
 class OptimizerConfig(Node):
@@ -59,7 +60,7 @@ class ScheduleConfig(Node):
     """Learning rate over the run, as a multiple of the peak."""
 
     kind: Literal["wsd", "cosine"] = Field("wsd", description="warm-up, stable, decay; or warm-up and cosine")
-    warmup_steps: int = Field(10, ge=0)
+    warmup_steps: int = Field(10, ge=0, description="optimizer steps in which the learning rate rises from nothing to its peak")
     decay_fraction: float = Field(0.3, ge=0, le=1, description="share of the steps in which wsd decays (linearly)")
     final_fraction: float = Field(0.05, ge=0, le=1, description="learning rate at the end, as a share of the peak")
 
@@ -131,7 +132,30 @@ class TrainingConfig(Node):
 
 
 class TrackingConfig(Node):
-    """Where metrics go beside the run's own folder, which always has them. Not part of a run's identity."""
+    """Where metrics go beside the run's own folder, which always has them. Not part of a run's identity.
 
-    wandb: Literal["off", "offline", "online"] = Field("off", description="needs the extra `wandb`; a failure never stops the run")
-    wandb_project: str = "longcat_lab"
+    As an override `track=wandb` is short for `tracking.wandb`: the mode of the environment variable WANDB_MODE, else online where
+    WANDB_API_KEY is set, else offline; `track=off` switches it off again.
+    """
+
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off",
+        description="needs the extra `wandb`; offline needs no network and no account and leaves wandb/offline-run-* in the run's folder, "
+        "which `wandb sync` sends later; a failure never stops the run",
+    )
+    wandb_project: str = Field("longcat_lab", min_length=1, description="where runs are gathered; a sweep is a group in it")
+
+
+def tracked(value: Any) -> str:
+    """The mode that `track=VALUE` stands for.
+
+    Raises:
+        ConfigError: there is no such tracker.
+    """
+    if value in (None, False, "off", "none"):
+        return "off"
+    if value != "wandb":
+        raise ConfigError(f"'track': there is no tracker {value!r}{nearest(str(value), ['wandb', 'off'])}")
+    mode = os.environ.get("WANDB_MODE", "").strip().lower()
+    known = {"offline": "offline", "dryrun": "offline", "online": "online", "run": "online", "shared": "online", "disabled": "off"}
+    return known.get(mode) or ("online" if os.environ.get("WANDB_API_KEY") else "offline")

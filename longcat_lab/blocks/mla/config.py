@@ -13,12 +13,12 @@ class MLAConfig(BlockConfig):
     """Dense multi-head latent attention (DeepSeek-V2), with LongCat's scale corrections."""
 
     kind: Literal["mla"] = "mla"
-    num_attention_heads: int = Field(4, ge=1)
+    num_attention_heads: int = Field(4, ge=1, description="heads; each reads the same compressed keys and values")
     q_lora_rank: int | None = Field(64, ge=1, description="width of the query latent; empty: queries straight from the hidden state")
     kv_lora_rank: int = Field(32, ge=1, description="width of the key-value latent: what the cache keeps")
     qk_nope_head_dim: int = Field(16, ge=1, description="part of a head's query and key without position")
     qk_rope_head_dim: int = Field(16, ge=2, description="part of a head's query and key that RoPE turns; even")
-    v_head_dim: int = Field(32, ge=1)
+    v_head_dim: int = Field(32, ge=1, description="width of a head's values")
     mla_scale_q_lora: bool = Field(True, description="multiply the query latent by sqrt(hidden_size / q_lora_rank)")
     mla_scale_kv_lora: bool = Field(True, description="multiply the key-value latent by sqrt(hidden_size / kv_lora_rank)")
     latent_norm_eps: float | None = Field(

@@ -40,10 +40,10 @@ class YarnConfig(RopeConfig):
     kind: Literal["yarn"] = "yarn"
     factor: float = Field(40.0, ge=1, description="how much longer the context becomes")
     original_max_position_embeddings: int = Field(4096, ge=1, description="context before it was stretched")
-    beta_fast: float = Field(32.0, gt=0)
-    beta_slow: float = Field(1.0, gt=0)
-    mscale: float = Field(1.0, ge=0)
-    mscale_all_dim: float = Field(1.0, ge=0)
+    beta_fast: float = Field(32.0, gt=0, description="YaRN: wavelengths with more turns than this in the original context stay as they are")
+    beta_slow: float = Field(1.0, gt=0, description="YaRN: wavelengths with fewer turns than this are stretched by the whole factor")
+    mscale: float = Field(1.0, ge=0, description="YaRN: how much the rotated parts grow with the logarithm of the factor")
+    mscale_all_dim: float = Field(1.0, ge=0, description="YaRN: scores are multiplied by (0.1 x this x ln(factor) + 1) squared")
 
     @model_validator(mode="after")
     def _ordered(self) -> YarnConfig:
