@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -33,6 +35,27 @@ def autocast(device: torch.device, precision: str) -> torch.autocast | contextli
 def free_bytes(device: torch.device) -> int:
     """Memory that may still be taken there: on an accelerator, on the host, or on both where they are one."""
     return free_memory() if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+
+
+def start_peak(device: torch.device) -> None:
+    """From now on `peak_bytes` counts anew, where the system can do that."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest memory since `start_peak`: what tensors took on the accelerator, or the resident set of this whole process."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):  # Linux; the other counter may hold the peak of the process that started this one
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _has_bf16(device: torch.device) -> bool:

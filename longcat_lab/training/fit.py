@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from longcat_lab.budget import totals
 from longcat_lab.config import RunConfig
 from longcat_lab.data import Loader, prepare
 from longcat_lab.data.batch import window_count
-from longcat_lab.errors import LabError
-from longcat_lab.files import read_json, write_json, write_whole
+from longcat_lab.errors import LabError, is_out_of_memory
+from longcat_lab.files import read_json
 from longcat_lab.model import build
 from longcat_lab.model.memory import check_memory
-from longcat_lab.training import checkpoint, conversion, device, evaluation_arms, growth, mechanisms, provenance
+from longcat_lab.training import checkpoint, conversion, device, evaluation_arms, growth, mechanisms, out_of_memory, provenance, requests
 from longcat_lab.training.batches import Batches
 from longcat_lab.training.evaluation import entry_measures, evaluate, evaluate_all
 from longcat_lab.training.loss import plan_step, step_loss
 from longcat_lab.training.optimizer import added_bytes, clip, make_optimizer, set_learning_rate, split, split_table
+from longcat_lab.training.record import PEAK, Record
 from longcat_lab.training.run import Run
 from longcat_lab.training.schedule import learning_rate_factor
 from longcat_lab.training.sitting import alone_in, finish_the_step
@@ -38,11 +38,12 @@ def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = T
     Args:
         path: the run's folder; None takes `runs/single/IDENTITY`.
         progress: a progress bar on the terminal or in the notebook.
-        stop: asked after each step; True ends the run there, with a checkpoint and status `interrupted`.
+        stop: asked after each step; True ends the run there, with a checkpoint and status `interrupted`. From another process
+            `training.requests.ask_to_stop(folder)` does the same.
 
     Raises:
         LabError: the folder holds another run or another process trains in it, the text is too short, the loss is not a number any
-            more, the disk is full.
+            more, memory or disk is full.
         KeyboardInterrupt: as ever, but at the end of the step and after a checkpoint; a second one raises at once.
     """
     identity = provenance.identity(config)
@@ -55,8 +56,19 @@ def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = T
         if before.get("status") != "finished":
             checkpoint.remove_leftovers(folder)
             with device.deterministic(config.training.threads):
-                _Session(config, folder, identity, before, progress, stop).run()
+                _session(config, folder, identity, before, progress, stop).run()
     return Run(folder)
+
+
+def _session(config: RunConfig, *rest: Any) -> _Session:
+    try:
+        return _Session(config, *rest)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        place = device.choose(config.training.device)
+        out_of_memory.let_go(error, place)
+        raise out_of_memory.sentence(config, place, None) from None
 
 
 class _Session:
@@ -84,6 +96,8 @@ class _Session:
         with torch.device("meta"):
             whole = build(config)
         check_memory(whole, device.free_bytes(self.device), "train", added_bytes(whole, config.training.optimizer))
+        self.record = Record(folder, config, identity, before, self.corpus.hash, self.device)
+        device.start_peak(self.device)
         torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
         self._assemble(checkpoint.latest_step(folder))
         self.batches = Batches(config, self.corpus)
@@ -92,26 +106,10 @@ class _Session:
         self.seconds, self.step, self.initial = 0.0, 0, {}
         self.stage = ""
         self._resume()
-        self.sinks = [FileTracker(folder, self.step)]
+        self.sinks: list[FileTracker | WandbTracker] = [FileTracker(folder, self.step)]
+        self.record.begin(split_table(split(self.model, config.training.optimizer, config.model.width_scale), config.training.optimizer))
         if config.tracking.wandb != "off":
-            self.sinks.append(WandbTracker(config.tracking, folder, folder.name, config.to_dict()))
-        self.record = {
-            **before,
-            "status": "running",
-            "reason": None,
-            "identity": identity,
-            "config": config.to_dict(),
-            "provenance": provenance.provenance(self.corpus.hash, self.device),
-            "budget": totals(config),
-            "timings": {"started": before.get("timings", {}).get("started") or _now()},
-            "final": {},
-        }
-        write_json(folder / "run.json", self.record)
-        table = split_table(split(self.model, config.training.optimizer, config.model.width_scale), config.training.optimizer)
-        write_whole(folder / "optimizer.txt", lambda path: path.write_text(table + "\n", encoding="utf-8"))
-        difference = provenance.uncommitted_changes()
-        if difference:
-            write_whole(folder / "uncommitted.diff", lambda path: path.write_text(difference, encoding="utf-8"))
+            self.sinks.append(WandbTracker(config.tracking, folder))
 
     def _assemble(self, step: int) -> None:
         """Model and optimizer as they are when `step` steps are done: shallow until the step at which the layers are stacked."""
@@ -139,6 +137,7 @@ class _Session:
             return
         self.step, self.seconds, self.window, self.initial = (state[key] for key in ("step", "seconds", "window", "initial"))
         self.batches.load_state_dict(state["loader"])
+        self.record.peak_before = max(self.record.peak_before, state.get(PEAK, 0))  # of a sitting that could not write run.json
 
     def run(self) -> None:
         """Trains to the end, or records why not."""
@@ -147,13 +146,19 @@ class _Session:
                 self.asked = asked
                 stopped = self._train()
             if not stopped:
-                self.record["final"] = self._final()
+                self.record.content["final"] = self._final()
                 checkpoint.save_weights(self.model, self.folder / checkpoint.WEIGHTS) if self.config.training.keep_model else None
             self._close("interrupted" if stopped else "finished", "stopped as asked" if stopped else None)
         except KeyboardInterrupt:  # the second one: this step is lost, the last checkpoint is not
             self._close("interrupted", "stopped by the keyboard")
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                self.model = self.optimizer = None  # a notebook keeps this object for as long as it keeps the traceback
+                out_of_memory.let_go(error, self.device)
+                told = out_of_memory.sentence(self.config, self.device, self.step)
+                self._close("failed", str(told))
+                raise told from None
             self._close("failed", f"{type(error).__name__}: {error}" if not isinstance(error, LabError) else str(error))
             raise
         if not stopped:
@@ -165,7 +170,7 @@ class _Session:
         """Steps until the last one; True if it was stopped before."""
         from tqdm.auto import tqdm
 
-        training, shown = self.config.training, 0.0
+        training, shown, asked_here = self.config.training, 0.0, requests.asked_in(self.folder)
         tokens = self.config.data.batch_size * self.config.data.sequence_length
         with tqdm(total=training.steps, initial=self.step, disable=not self.progress, unit="step", mininterval=0.5) as bar:
             while self.step < training.steps:
@@ -189,10 +194,10 @@ class _Session:
                     self._log(norm, tokens)
                 if time.monotonic() - shown > 1 or self.step == training.steps:
                     shown = time.monotonic()
-                    self._tell(loss, tokens)
+                    self.record.tell(self.step, loss, self.seconds)
                 if self.step % training.checkpoint_every == 0 and self.step < training.steps:
                     self._checkpoint()
-                if self.step < training.steps and (self.asked.is_set() or (self.stop is not None and self.stop())):
+                if self.step < training.steps and (self.asked.is_set() or asked_here() or (self.stop is not None and self.stop())):
                     self._checkpoint()
                     return True
         return False
@@ -244,17 +249,9 @@ class _Session:
         for sink in self.sinks:
             sink.log(row)
 
-    def _tell(self, loss: float, tokens: int) -> None:
-        """progress.json: what a live table shows."""
-        rate = self.step * tokens / self.seconds
-        left = (self.config.training.steps - self.step) * tokens / rate
-        write_json(
-            self.folder / "progress.json",
-            {"step": self.step, "steps": self.config.training.steps, "tokens_per_second": rate, "seconds_left": left, "loss": loss},
-        )
-
     def _checkpoint(self) -> None:
         state = {"seconds": self.seconds, "window": self.window, "initial": self.initial, "loader": self.batches.state_dict()}
+        state[PEAK] = self.record.peak()
         checkpoint.save(self.folder, self.identity, self.step, self.model, self.optimizer, state)
         self.sinks[0].save()
 
@@ -263,9 +260,9 @@ class _Session:
         found = evaluate_all(self.model, self.corpus, self.config)
         found.update(evaluation_arms.evaluate_arms(self.model, self.corpus, self.config))
         batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
-        self.record["timings"]["evaluation_seconds"] = time.perf_counter() - started
+        self.record.content["timings"]["evaluation_seconds"] = time.perf_counter() - started
         means = mechanisms.late_means(rows)
-        self.record["not_engaged"] = mechanisms.not_engaged(self.model, means)
+        self.record.content["not_engaged"] = mechanisms.not_engaged(self.model, means)
         return {
             **found,
             "train_loss": rows[-1]["loss"],
@@ -277,15 +274,8 @@ class _Session:
         }
 
     def _close(self, status: str, reason: str | None) -> None:
-        tokens = self.step * self.config.data.batch_size * self.config.data.sequence_length
-        timings = {**self.record["timings"], "ended": _now(), "training_seconds": self.seconds, "steps_done": self.step}
-        if self.seconds:
-            timings["tokens_per_second"] = tokens / self.seconds
-        for sink in self.sinks:
-            sink.finish()
-        self.record = {**self.record, "status": status, "reason": reason, "timings": timings}
-        write_json(self.folder / "run.json", self.record)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with contextlib.suppress(Exception) if status == "failed" else contextlib.nullcontext():  # told is what came first
+            self.sinks[0].finish()
+        self.record.close(status, reason, self.step, self.seconds)
+        for tracker in self.sinks[1:]:  # which read what the record says
+            tracker.finish()

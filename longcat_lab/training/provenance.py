@@ -20,6 +20,7 @@ import torch
 
 from longcat_lab.blocks import BlockConfig
 from longcat_lab.config import RunConfig
+from longcat_lab.config.plugins import CONSTANTS
 from longcat_lab.data import prepare
 from longcat_lab.model import LongcatLM
 
@@ -72,6 +73,7 @@ def _hash_code(value: Any, digest: Any, seen: set[Any]) -> None:
     if not isinstance(function, types.FunctionType) or function in seen or not _foreign(function.__module__ or ""):
         return
     seen.add(function)
+    lists = function.__globals__.get(CONSTANTS, {})
     given = [*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items())]
     digest.update(repr([_plainly(value) for value in given]).encode())
     waiting = [function.__code__]
@@ -82,7 +84,9 @@ def _hash_code(value: Any, digest: Any, seen: set[Any]) -> None:
         waiting += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         for name in code.co_names:
             value = function.__globals__.get(name)
-            if isinstance(value, PLAIN):
+            if name in lists:
+                digest.update(f"{name}={lists[name]}".encode())
+            if isinstance(value, PLAIN) and not name.startswith("__"):  # not __file__: a copy of a plugin is the same plugin
                 digest.update(f"{name}={value!r}".encode())
             _hash_code(value, digest, seen)
 
@@ -97,11 +101,12 @@ def _plainly(value: Any) -> str:
 
 
 def identity(config: RunConfig) -> str:
-    """Name of a run: hash of its resolved configuration (without tracking), its data, and the code that decides its numbers.
+    """Name of a run: hash of its resolved configuration (without tracking, and without the paths of plugins, whose classes' code counts),
+    its data, and the code that decides its numbers.
 
     Prepares the data if this has not been done; that is the only slow part, and happens once.
     """
-    resolved = {key: value for key, value in config.to_dict().items() if key != "tracking"}
+    resolved = {key: value for key, value in config.to_dict().items() if key not in ("tracking", "plugins")}
     corpus = prepare(config.data, config.model.vocab_size)
     text = json.dumps([resolved, corpus.hash, code_hash(), blocks_of_ones_own(config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

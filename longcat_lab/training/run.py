@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat_lab.config import RunConfig, load
+from longcat_lab.config.plugins import known_here
 from longcat_lab.data import Corpus, prepare
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json
@@ -31,7 +32,7 @@ class Run:
 
     @functools.cached_property
     def config(self) -> RunConfig:
-        return load(self.record["config"])
+        return load(known_here(self.record))
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -10,24 +10,29 @@ from pathlib import Path
 
 from longcat_lab.errors import LabError
 from longcat_lab.files import sentence_of
+from longcat_lab.training import requests
+
+LOOKED_AT = 0.25  # seconds that the lock may be held by somebody who only looks whether it is
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Holds the folder's training lock, which ends with the process, whatever ends it."""
+    """Holds the folder's training lock, which ends with the process, whatever ends it. A request to stop is for one sitting only."""
     from filelock import FileLock, Timeout
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".training.lock")
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / requests.LOCK)
+        lock.acquire(timeout=LOOKED_AT, poll_interval=0.02)
     except Timeout:
         raise LabError(f"Another process trains in {folder}: wait for it, stop it, or give another folder.") from None
     except OSError as error:
         raise sentence_of(error, f"opening {folder}") from None
     try:
+        requests.clear(folder)
         yield
     finally:
+        requests.clear(folder)
         lock.release()
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
+import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 from longcat_lab.config import TrackingConfig
-from longcat_lab.files import sentence_of, write_whole
+from longcat_lab.files import read_json, sentence_of, write_whole
+
+PATIENCE = 10.0  # seconds that a run, which is over by then, waits for its tracker
+LIMIT = 120.0  # seconds that the tracker's process has altogether when the run is over
+STATE = "wandb/state.json"
 
 
 class FileTracker:
@@ -16,7 +25,7 @@ class FileTracker:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self.folder, self.lines = folder, folder / "metrics.jsonl"
-        self.rows = [row for row in _rows(self.lines) if row["step"] <= first_step]  # later ones were logged after the checkpoint
+        self.rows = [row for row in read_rows(self.lines) if row["step"] <= first_step]  # later ones were logged after the checkpoint
         write_whole(self.lines, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in self.rows)))
 
     def log(self, row: dict[str, Any]) -> None:
@@ -38,44 +47,74 @@ class FileTracker:
 
 
 class WandbTracker:
-    """Weights and Biases as a sink. Whatever goes wrong there is said once, and the run goes on without it."""
+    """Weights and Biases as a sink, fed by a process beside the run that reads the run's folder; see `wandb_process`.
 
-    def __init__(self, config: TrackingConfig, folder: Path, name: str, settings: dict[str, Any]) -> None:
-        self.run = None
+    Nothing waits for it but `finish`, some seconds. Whatever goes wrong there is said once, and the run goes on without it.
+    """
+
+    def __init__(self, tracking: TrackingConfig, folder: Path) -> None:
+        self.folder, self.process = folder, None
         try:
-            import wandb
-
-            self.run = wandb.init(
-                project=config.wandb_project,
-                name=name,
-                dir=str(folder),
-                mode=config.wandb,
-                config=settings,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=20),
-            )
+            if importlib.util.find_spec("wandb") is None:
+                raise ModuleNotFoundError("it is not installed: pip install wandb")
+            (folder / "wandb").mkdir(exist_ok=True)
+            # -P: the modules beside the script must not pass for installed ones.
+            script, place = Path(__file__).with_name("wandb_process.py"), folder.resolve()
+            command = [sys.executable, "-P", str(script), str(place), tracking.wandb, tracking.wandb_project, str(LIMIT)]
+            with open(folder / "wandb" / "process.log", "wb") as said:
+                self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True)
         except Exception as error:  # a sink's failure is never the run's
-            self._off(error)
-
-    def _off(self, error: Exception) -> None:
-        self.run = None
-        warnings.warn(f"wandb is off for this run ({type(error).__name__}: {error}); the run's folder has every metric.", stacklevel=3)
+            self._off(f"{type(error).__name__}: {error}")
 
     def log(self, row: dict[str, Any]) -> None:
-        if self.run is not None:
-            try:
-                self.run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
-            except Exception as error:
-                self._off(error)
+        """The row is in metrics.jsonl by now; only looks whether somebody is still there to read it."""
+        if self.process is not None and self.process.poll() is not None:
+            self._off(self._reason())
 
     def finish(self) -> None:
-        if self.run is not None:
-            try:
-                self.run.finish()
-            except Exception as error:
-                self._off(error)
+        """The sitting is over and its record is written. In the job of a sweep the process goes on to the end of the notebook."""
+        if self.process is None:
+            return
+        process, in_job = self.process, "job" in (read_json(self.folder / "run.json") or {})
+        try:
+            process.stdin.close()
+            if in_job or process.wait(PATIENCE) == 0:
+                self.process = None
+            else:
+                self._off(self._reason())
+        except subprocess.TimeoutExpired:
+            self._warn(
+                f"wandb has not taken all of this run {PATIENCE:g} s after its end and gets {LIMIT:g} s more, see {self.folder / STATE}"
+            )
+        except Exception as error:
+            self._off(f"{type(error).__name__}: {error}")
+        threading.Thread(target=process.wait, daemon=True).start()  # somebody must take its exit status
+
+    def _reason(self) -> str:
+        return (read_json(self.folder / STATE) or {}).get("reason") or f"its process ended, see {self.folder / 'wandb/process.log'}"
+
+    def _off(self, reason: str) -> None:
+        self.process = None
+        self._warn(f"wandb is off for this run ({reason})")
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"{what}; the run's folder has every metric.", stacklevel=4)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def settle(folder: Path, patience: float = PATIENCE) -> None:
+    """Waits until a job's notebook is logged where it is tracked, at most `patience` seconds: a batch system ends what a job leaves."""
+    import psutil
+
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        state = read_json(folder / STATE) or {}
+        if state.get("state") not in ("starting", "logging") or not psutil.pid_exists(state.get("pid", 0)):
+            return
+        time.sleep(0.1)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics.jsonl, whether or not somebody writes it now."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
