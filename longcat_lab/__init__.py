@@ -14,6 +14,7 @@ from longcat_lab.config import ConfigError, RunConfig, apply, load, presets
 from longcat_lab.errors import LabError
 from longcat_lab.model import LongcatLM, build, from_pretrained, generate, save_pretrained, speculate
 from longcat_lab.training import Run, fit, identity
+from longcat_lab.workbench import panel, runs
 
 __version__ = "0.1.0"
 
@@ -37,8 +38,10 @@ __all__ = [
     "identity",
     "kinds",
     "load",
+    "panel",
     "presets",
     "register",
+    "runs",
     "save_pretrained",
     "speculate",
 ]

@@ -1,0 +1,82 @@
+"""What stands on the other side of the cell: a page with widgets, a runner such as papermill, a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import Any
+
+SAY_EVERY = 3.0  # seconds between two versions of a line of text
+FROM_A_PAGE = ("cellId", "colab")  # in the metadata of a request to execute: JupyterLab, Notebook 7, VS Code; Colab
+
+
+def _shell() -> Any | None:
+    """The kernel's shell; None in a script and in a terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell if shell is not None and getattr(shell, "kernel", None) is not None else None
+
+
+def has_widgets() -> bool:
+    """Whether the cell that runs now was sent by a page. Pages name the cell they send; papermill, nbclient and nbconvert do not."""
+    shell = _shell()
+    if shell is None:
+        return False
+    request = shell.kernel.get_parent("shell") or {}
+    return any(key in (request.get("metadata") or {}) for key in FROM_A_PAGE)
+
+
+def cell() -> tuple[str | None, str | None]:
+    """The id of the cell that runs now, and of this run of it; None where that is not known."""
+    shell = _shell()
+    request = (shell.kernel.get_parent("shell") or {}) if shell else {}
+    return (request.get("metadata") or {}).get("cellId"), (request.get("header") or {}).get("msg_id")
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that the kernel's main thread runs; None in a script."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class Place:
+    """A place in a notebook whose HTML can be replaced later, also when its cell has ended."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, html: str) -> None:
+        from IPython.display import HTML, display
+
+        if self._handle is None:
+            self._handle = display(HTML(html), display_id=True)
+        else:
+            self._handle.update(HTML(html))
+
+
+class Line:
+    """A line of text that is rewritten every few seconds: in a notebook one output, on a terminal one line, in a file its versions."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._said, self._when = "", -SAY_EVERY
+
+    def say(self, text: str, last: bool = False) -> None:
+        if text == self._said or (not last and time.monotonic() - self._when < SAY_EVERY):
+            return
+        shell, width = _shell(), len(self._said)
+        self._said, self._when = text, time.monotonic()
+        if shell is None:
+            end = "" if sys.stdout.isatty() and not last else "\n"
+            print(f"\r{text:{width}}" if sys.stdout.isatty() else text, end=end, flush=True)
+            return
+        from IPython.display import display
+
+        data = {"text/plain": text}
+        if self._handle is None:
+            self._handle = display(data, raw=True, display_id=True)
+        else:
+            self._handle.update(data, raw=True)
