@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from longcat_lab.ablation.jobs import Job, plan
     from longcat_lab.ablation.match import Solution, solve
     from longcat_lab.ablation.outcome import JobsFailed, LabInterrupted
-    from longcat_lab.ablation.report import render
+    from longcat_lab.ablation.report import check, render
     from longcat_lab.ablation.rooms import Rooms
     from longcat_lab.ablation.runner import run
     from longcat_lab.ablation.spec import Ablation, Claim, Evaluation, Match, Vanishes, read
@@ -30,7 +30,7 @@ _HOME = {
     "outcome": ("JobsFailed", "LabInterrupted"),
     "runner": ("run",),
     "statistics": ("Contrast", "Summary", "Verdict", "contrast", "judge", "noise", "summary"),
-    "report": ("render",),
+    "report": ("check", "render"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -52,6 +52,7 @@ __all__ = [
     "Sweep",
     "Vanishes",
     "Verdict",
+    "check",
     "contrast",
     "judge",
     "load_results",

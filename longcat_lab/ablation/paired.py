@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -40,6 +41,7 @@ def _found(shift: float, n: int, alpha: float) -> float:
     return float(stats.nct.sf(critical, n - 1, shift) + np.nan_to_num(wrong_side))
 
 
+@functools.lru_cache(4096)  # a page asks the same again for its figures and its check
 def resolvable(n: int, sd: float, alpha: float = 0.05, wanted: float = POWER) -> float:
     """Smallest true effect that `n` pairs with this sd find with probability `wanted`; NaN below two pairs, 0 without spread."""
     if n < 2 or math.isnan(sd):
@@ -52,6 +54,7 @@ def resolvable(n: int, sd: float, alpha: float = 0.05, wanted: float = POWER) ->
     return sd / math.sqrt(n) * float(optimize.brentq(lambda shift: _found(shift, n, alpha) - wanted, 1e-9, top))
 
 
+@functools.lru_cache(4096)
 def seeds_needed(effect: float, sd: float, alpha: float = 0.05, wanted: float = POWER, most: int = 10_000) -> int | None:
     """Fewest pairs (3 at least) that find `effect` with probability `wanted`; None if more than `most`, or if sd is unknown."""
     if math.isnan(sd):

@@ -165,6 +165,13 @@ def judge(results: pd.DataFrame, ablation: Ablation) -> list[Verdict]:
     return [_verdict(c, p, ablation) for c, p in zip(contrasts, adjusted, strict=True)]
 
 
+def against_baseline(results: pd.DataFrame, ablation: Ablation) -> list[tuple[Contrast, float]]:
+    """Every other arm minus the baseline in the primary metric, and its p after Holm over all of them; described, not judged."""
+    others = [name for name in ablation.arms if name != ablation.baseline]
+    contrasts = [contrast(results, name, ablation.baseline, ablation.metric, comparisons=len(others)) for name in others]
+    return list(zip(contrasts, holm([c.p if c.n >= FEWEST else NAN for c in contrasts]), strict=True))
+
+
 def _verdict(c: Contrast, p: float, ablation: Ablation) -> Verdict:
     matters, needed, comparisons = ablation.smallest_effect, None, c.comparisons
     if c.n < FEWEST:

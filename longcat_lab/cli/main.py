@@ -36,11 +36,26 @@ def run(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="a sweep's folder, such as runs/demo")]) -> None:
-    """Render the result page from what is in a sweep's folder; prints the page's path."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="a sweep's folder, such as runs/demo")],
+    check: Annotated[bool, typer.Option("--check", help="render nothing: compare the page, the notebooks and the results")] = False,
+) -> None:
+    """Render the result page and the jobs' notebooks from what is in a sweep's folder, check them, and print the page's path.
+
+    Exit code 1 where numbers disagree, a notebook was not executed from top to bottom, or a planned job is unaccounted for.
+    """
+    from longcat_lab.ablation import check as compare
     from longcat_lab.ablation import render
 
-    typer.echo(render(folder))
+    page = folder / "report.html" if check else render(folder)
+    problems = compare(folder)
+    for problem in problems:
+        typer.echo(f"longcat-lab: {problem}", err=True)
+    if problems:
+        typer.echo(f"longcat-lab: {page} fails its check: {len(problems)} disagreements.", err=True)
+        raise typer.Exit(1)
+    typer.echo("Checked: the page, the notebooks and results.parquet agree, and every planned job is accounted for.")
+    typer.echo(page)
 
 
 @app.command()

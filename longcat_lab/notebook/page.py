@@ -1,4 +1,7 @@
-"""The parts of a sweep's result page, each a method that displays one part; the report notebook puts them in order."""
+"""The parts of a sweep's result page, each a method that displays one part; the report notebook puts them in order.
+
+What is said is made in `ablation.report`, from the folder alone, and checked against it later; here it is put beside its figures.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +10,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import Verdict, noise, read_sweep, summary
+from longcat_lab.ablation import read_sweep, summary
+from longcat_lab.ablation.report import content, cost, points
+from longcat_lab.ablation.report import html as markup
+from longcat_lab.ablation.report.record import configurations
 from longcat_lab.budget import budget
-from longcat_lab.config import apply, load, write_yaml
+from longcat_lab.config import load
 from longcat_lab.errors import LabError
-from longcat_lab.notebook.figures import architecture_costs, curves, differences
-from longcat_lab.notebook.style import show
-
-MARKS = {"seen": "●", "not seen": "○", "not resolvable": "?"}
-STYLE = """<style>
-.lab-verdict { border-left: 4px solid #808080; padding: .4em .9em; margin: .7em 0; }
-.lab-verdict b { font-size: 1.1em; }
-.lab-seen { border-color: #009E73; } .lab-not-seen { border-color: #D55E00; } .lab-not-resolvable { border-color: #808080; }
-table.lab { border-collapse: collapse; font-size: .9em; margin: .6em 0; }
-table.lab th, table.lab td { text-align: right; padding: .25em .7em; border-bottom: 1px solid #80808055; vertical-align: top; }
-table.lab th:first-child, table.lab td:first-child { text-align: left; }
-.lab-wide { overflow-x: auto; }
-</style>"""
-
-
-def _table(rows: list[dict[str, Any]], text: tuple[str, ...] = ()) -> str:
-    """Rows as an HTML table; every value is escaped, except columns named in `text`, which are HTML already."""
-    if not rows:
-        return "<p>none</p>"
-    head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{value if key in text else html.escape(str(value))}</td>" for key, value in row.items()) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="lab-wide"><table class="lab"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _number(value: Any, digits: int = 4) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
-    return f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+from longcat_lab.notebook.figures import architecture_costs, band_curves, differences, quality_against_cost
+from longcat_lab.notebook.style import picture
 
 
 class Page:
@@ -51,246 +28,106 @@ class Page:
         self.sweep = read_sweep(folder)
         self.ablation, self.results = self.sweep.ablation, self.sweep.results
         self.summary = summary(self.results, self.ablation)
-        self.configs = {}
-        for (variant, _), run in sorted(self.sweep.runs.items(), key=lambda pair: pair[0][1]):
-            self.configs.setdefault(variant, run["config"])
-        for name, arm in self.ablation.evaluate.items():
-            if arm.of in self.configs:
-                self.configs[name] = apply(self.configs[arm.of], {**arm.set, "training.evaluations": {}}).to_dict()
-        self.arms = [name for name in self.ablation.arms if name in self.configs]
+        self.parts = content.parts(self.sweep, self.summary)
+        self.facts = content.facts(self.sweep, self.summary, self.parts)
+        self.figures: dict[str, dict[str, Any]] = self.facts["figures"]
 
-    def _weights(self, name: str) -> dict[str, str]:
-        """A cell that says whose weights an arm has, where some arms are not trained."""
-        if not self.ablation.evaluate:
-            return {}
-        arm = self.ablation.evaluate.get(name)
-        return {"weights": f"evaluated from {arm.of}, not trained" if arm else "trained"}
-
-    def _show(self, text: str) -> None:
+    def _show(self, *pieces: str) -> None:
         from IPython.display import HTML, display
 
-        display(HTML(text))
+        if text := "\n".join(piece for piece in pieces if piece):
+            display(HTML(text))
+
+    def _part(self, name: str, classes: tuple[str, ...] = ()) -> str:
+        return markup.of_part(name, self.parts[name], classes) if name in self.parts else ""
 
     def answer(self) -> None:
-        """Question, hypothesis, verdicts."""
-        a, esc = self.ablation, html.escape
-        jobs = self.results[self.results["variant"].isin(list(a.variants))]
-        done = int((jobs["status"] == "finished").sum())
-        parts = [STYLE, f"<h1>{esc(a.question)}</h1>", f"<p><b>Hypothesis, written before running:</b> {esc(a.hypothesis)}</p>"]
-        for verdict in self.summary.verdicts:
-            parts.append(self._verdict(verdict))
-        matters = f"smallest effect that was said to matter: {a.smallest_effect:g}"
-        parts += [
-            f"<p>{done} of {len(jobs)} jobs finished; arms are paired by seed. "
-            f"Primary metric: {esc(a.metric)}, lower is better; {matters}. ",
-            "<b>seen</b>: significant (5 %, Holm) in the claimed direction. "
-            "<b>not seen</b>: the interval has no room for an effect that matters. "
-            "<b>not resolvable</b>: these seeds cannot tell.</p>",
-        ]
-        untrained = [f"{name} is evaluated from {arm.of} with other settings, not trained." for name, arm in a.evaluate.items()]
-        parts += [f"<p>{esc(note)}</p>" for note in [*untrained, *self.summary.notes]]
-        self._show("\n".join(parts))
-
-    def _verdict(self, verdict: Verdict) -> str:
-        c = verdict.contrast
-        counted = f" and {verdict.comparisons} comparisons" if verdict.comparisons > 1 else ""
-        power = (
-            f" With {c.n} pairs at this spread{counted}, 80 % power needs a true effect of {c.resolvable:.3g} or more." if c.n > 1 else ""
-        )
-        return (
-            f'<div class="lab-verdict lab-{verdict.verdict.replace(" ", "-")}"><b>{MARKS[verdict.verdict]} {verdict.verdict}</b>: '
-            f"{html.escape(c.better)} better than {html.escape(c.than)}<br>{html.escape(verdict.sentence + power)}</div>"
-        )
+        """Question, hypothesis as it was before the run, the answer in one sentence, and each claim."""
+        boxes = tuple(f"lab-verdict lab-{verdict.verdict.replace(' ', '-')}" for verdict in self.summary.verdicts)
+        said = f'<div class="lab-answer">{self._part("answer")}</div>'
+        self._show(self._part("question"), self._part("hypothesis"), said, self._part("claims", boxes), self._part("reading"))
 
     def effect(self) -> None:
-        """Paired differences with intervals, and the table of arms."""
+        """Paired differences with intervals, of claims and of every arm against the baseline; seeds for smaller effects; the arms."""
         a = self.ablation
-        if any(v.contrast.n for v in self.summary.verdicts):
-            show(differences(self.summary.verdicts, a.smallest_effect, a.metric), f"Paired differences in {a.metric} with their intervals")
-        rows = []
-        metrics = [a.metric, *a.also, *([a.vanishes.metric] if a.vanishes else [])]
-        spread = {metric: noise(self.results, metric) for metric in metrics if metric in self.results}
-        for name in a.arms:
-            done = (self.results["variant"] == name) & (self.results["status"] == "finished")
-            row: dict[str, Any] = {"variant": name, **self._weights(name), "seeds": int(done.sum())}
-            for metric, table in spread.items():
-                mean, sd = float(table.loc[name, "mean"]), float(table.loc[name, "sd"])
-                row[f"{metric} (mean ± sd)"] = "–" if math.isnan(mean) else f"{_number(mean)} ± {_number(sd)}"
-            rows.append(row)
-        self._show(_table(rows))
-        self._show("".join(f"<p>{html.escape(line)}</p>" for line in self.summary.secondary))
+        if "differences" in self.figures:
+            rest = points.compared(self.sweep, self.summary)[len(self.summary.verdicts) :]
+            drawn = differences(self.summary.verdicts, a.smallest_effect, a.metric, rest, "differences")
+            self._show(picture(drawn, f"Paired differences in {a.metric} with their intervals", "differences"))
+        else:
+            self._show("<p>No pair of jobs is complete yet: there is no difference to draw.</p>")
+        title = "<h3>{}</h3>".format
+        if self.summary.verdicts:
+            self._show(title("Claims"), self._part("claims-table"))
+        self._show(title("Against the baseline") if "baseline-table" in self.parts else "", *map(self._part, _NAMES["baseline"]))
+        if self.parts["seeds-table"].rows:
+            self._show(title("Seeds for a smaller effect"), self._part("seeds-table"))
+        self._show(title("Arms"), self._part("arms"), self._part("secondary"))
 
     def learning(self) -> None:
-        """Training curves of the arms."""
-        import pandas
-
-        runs: dict[str, list[pandas.DataFrame]] = {}
-        for variant, seed in self.sweep.runs:
-            path = self.sweep.folder / "jobs" / variant / f"seed-{seed}" / "metrics.parquet"
-            if path.exists():
-                runs.setdefault(variant, []).append(pandas.read_parquet(path))
-        if runs:
-            runs = {name: runs[name] for name in self.ablation.variants if name in runs}
-            show(curves(runs), "Training loss of each arm over tokens, mean and range of its seeds")
+        """Curves of the arms over training: the loss, and the primary metric where it was logged."""
+        for name, figure in self.figures.items():
+            if name.startswith("curve-"):
+                words = f"{figure['y']} of each arm over tokens, mean and range of its seeds"
+                self._show(picture(band_curves(figure["series"], figure["y"], name), words, name))
+        if not any(name.startswith("curve-") for name in self.figures):
+            self._show("<p>No job has left a curve yet.</p>")
 
     def fairness(self) -> None:
-        """What was held equal, and what the arms really cost."""
-        a, rows = self.ablation, []
-        means = self.results[self.results["status"] == "finished"].groupby("variant").mean(numeric_only=True)
-        for name in self.arms:
-            cost = budget(load(self.configs[name])).loc["total"]
-            measured = means.loc[name] if name in means.index else {}
-            rates = [run["timings"].get("tokens_per_second") for (variant, _), run in self.sweep.runs.items() if variant == name]
-            rates = [rate for rate in rates if rate]
-            rows.append(
-                {
-                    "variant": name,
-                    **self._weights(name),
-                    "parameters": _number(int(cost["params"])),
-                    "active": _number(int(cost["active params"])),
-                    "FLOPs/token": _number(int(cost["FLOPs/token"])),
-                    "tokens": _number(float(measured.get("tokens", math.nan)), 0),
-                    "epochs": _number(float(measured.get("epochs", math.nan)), 2),
-                    "tokens/s": _number(sum(rates) / len(rates) if rates else None, 0),
-                    "seconds": _number(float(measured.get("seconds", math.nan)), 0),
-                }
-            )
-        self._show(_table(rows))
-        if self.arms:
-            show(architecture_costs({n: budget(load(self.configs[n])) for n in self.arms}), "Parameters and FLOPs of each arm by part")
-        lines = []
-        for rule in a.match:
-            held = rule.variants or [name for name in a.variants if name != rule.reference]
-            moved = "; ".join(f"{name}: {key}" for name, key in rule.free.items())
-            lines.append(
-                f"{rule.quantity} of {', '.join(held)} held within {100 * rule.tolerance:g} % of {rule.reference}"
-                + (f" by moving {moved}" if moved else "")
-            )
-        lines.append(f"Tuned: {a.tuned}" if a.tuned else "The question file names nothing that was tuned.")
-        self._show("<ul>" + "".join(f"<li>{html.escape(line)}.</li>".replace("..", ".") for line in lines) + "</ul>")
+        """What the arms cost beside what they reach, under all four conventions, and which of them was held equal."""
+        self._show(*map(self._part, _NAMES["cost"]))
+        if "cost" in self.figures:
+            chosen = {name: "held equal in part" if ":" in words else words for name, words in cost.held(self.ablation).items()}
+            drawn = quality_against_cost(self.figures["cost"]["series"], self.ablation.metric, chosen, "cost")
+            self._show(picture(drawn, f"{self.ablation.metric} of each arm over four measures of its cost", "cost"))
+        tables, why = self._budgets()
+        if tables:
+            self._show(picture(architecture_costs(tables), "Parameters and FLOPs of each arm by part"))
+        self._show(f"<p>{html.escape(why)}</p>" if why else "")
+
+    def _budgets(self) -> tuple[dict[str, Any], str]:
+        """Arm -> parameters and FLOPs by part, as this code counts them; only while they add up to what the jobs recorded."""
+        found, recorded = {}, cost.costs(self.sweep)
+        for name, config in configurations(self.sweep).items():
+            if config.get("plugins"):
+                return {}, "Parameters by part are not drawn: this sweep has blocks of its own, and a page runs no code of its folder."
+            try:
+                table = budget(load(config))
+            except (LabError, OSError):  # settings or plugins of another time
+                return {}, "Parameters by part are not drawn: this version of the code does not read these configurations."
+            if not math.isclose(table.loc["total", "params"], recorded[name]["total_params"] or math.nan, rel_tol=1e-6):
+                return {}, "Parameters by part are not drawn: this version of the code counts other totals than the jobs recorded."
+            found[name] = table
+        return found, ""
 
     def mechanisms(self) -> None:
         """Whether each arm's mechanism took part, and the scale of the embedding with and without tables."""
-        columns = {
-            "real_experts_per_token": "real experts a token",
-            "max_violation": "busiest expert over mean, −1",
-            "load_entropy": "entropy of the experts' load (1: equal)",
-            "router_cosine": "mean cosine of router rows",
-            "router_gradient_ratio": "balance loss's share of the router's gradient (R_g)",
-            "next_accuracy": "accuracy of the next token",
-            **{f"mtp_accuracy_{k}": f"accuracy of prediction step {k}" for k in range(1, 9)},
-            "accepted_length": "tokens a pass in speculative decoding",
-            "rows_touched": "share of table rows read",
-            "table_rms": "RMS of table entries",
-            "base_variance_share": "the token row's share of the embedding's variance",
-            "embedding_rms_initial": "embedding RMS at start",
-            "embedding_rms_final": "embedding RMS at end",
-            "first_attention_ratio_initial": "first attention over identity, norms, at start",
-            "first_attention_ratio_final": "first attention over identity, norms, at end",
-        }
-        finished = self.results[self.results["status"] == "finished"]
-        rows = []
-        for name in self.ablation.arms:
-            own = finished[finished["variant"] == name]
-            row = {"variant": name, **self._weights(name)}
-            for key, title in columns.items():
-                if key in finished:
-                    row[title] = _number(float(own[key].mean()), 3) if len(own) else "–"
-            rows.append(row)
-        self._show(_table(rows))
-        flagged = [
-            f"{variant}, seed {seed}: {sentence}"
-            for (variant, seed), run in sorted(self.sweep.runs.items())
-            for sentence in run.get("not_engaged", [])
-        ]
-        if flagged:
-            lines = "".join(f"<li>{html.escape(line)}</li>" for line in flagged)
-            said = "<b>Not engaged as asked for</b> in these jobs, which test that mechanism in part or not at all:"
-            self._show(f"<p>{said}</p><ul>{lines}</ul>")
-        elif len(finished):
-            self._show("<p>No finished job reports a mechanism that did not engage.</p>")
+        self._show(self._part("mechanisms-table"), self._part("not-engaged"))
 
     def limits(self) -> None:
         """Where the effect should vanish, and what this page cannot say."""
-        lines = [*self.summary.vanishing]
-        if self.ablation.vanishes and not lines:
-            lines.append(f"The effect should vanish here: {self.ablation.vanishes.where}; not measured yet.")
-        for change in self.ablation.changes:
-            lines.append(f"The question was edited after answers were there: {change}")
-        if self.arms:
-            config = load(self.configs[self.arms[0]])
-            tokens, model = config.training.steps * config.data.batch_size * config.data.sequence_length, config.model
-            lines.append(
-                f"One size ({model.hidden_size} wide, {model.num_layers} layers), one budget ({tokens:,} tokens), one kind of text "
-                f"({config.data.source.kind}): nothing here says what happens at another size."
-            )
-        self._show("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
+        self._show(self._part("limits"))
 
     def jobs(self) -> None:
         """Every planned job, how it ended, and where its notebook is."""
-        rows = []
-        for row in self.results.to_dict("records"):
-            arm = self.ablation.evaluate.get(row["variant"])
-            name = f"{row['variant']}/seed-{row['seed']}"
-            job = f"{arm.of}/seed-{row['seed']}" if arm else name
-            place = f"jobs/{job}"
-            link = (
-                f'<a href="{html.escape(place)}/notebook.ipynb">notebook</a>'
-                if (self.sweep.folder / place / "notebook.ipynb").exists()
-                else "–"
-            )
-            rows.append(
-                {
-                    "job": f"{name} (evaluated from {job}, not trained)" if arm else name,
-                    "status": row["status"],
-                    "reason": row["reason"] or "",
-                    self.ablation.metric: _number(row.get(self.ablation.metric)),
-                    "seconds": _number(row.get("seconds"), 0),
-                    "identity": row["identity"],
-                    "executed": link,
-                }
-            )
-        self._show(_table(rows, text=("executed",)))
+        self._show(self._part("jobs-sum"), self._part("jobs-table"))
 
     def configuration(self) -> None:
-        """The baseline's configuration, what each other arm changes, and the question file."""
-        base = self.ablation.baseline if self.ablation.baseline in self.configs else next(iter(self.configs), None)
-        if base is None:
-            raise LabError(f"{self.sweep.folder}: no job has started, there is no configuration to show.")
-        flat = {name: _flat(config) for name, config in self.configs.items()}
-        rows = [{"setting": "weights", **{name: self._weights(name)["weights"] for name in self.arms}}] if self.ablation.evaluate else []
-        for key in sorted({key for config in flat.values() for key in config}):
-            values = {name: flat[name].get(key, "–") for name in self.arms}
-            if key != "seed" and not key.startswith("training.evaluations.") and len({str(value) for value in values.values()}) > 1:
-                rows.append({"setting": key, **values})
-        self._show("<p>What differs between the arms:</p>" + _table(rows))
-        for title, text in (
-            (f"Full configuration of {base}", write_yaml(self.configs[base])),
-            ("The question file", (self.sweep.folder / "ablation.yaml").read_text(encoding="utf-8")),
-        ):
-            self._show(f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>")
+        """What each arm sets otherwise than the baseline, the baseline's configuration, and the question file."""
+        self._show(*map(self._part, _NAMES["configuration"]))
 
     def provenance(self) -> None:
-        """Code, versions, machine and data of the jobs; more than one row means that they were not all made alike."""
-        seen: dict[str, dict[str, Any]] = {}
-        for run in self.sweep.runs.values():
-            p = run.get("provenance") or {}
-            row = {
-                "commit": (p.get("commit") or "–")[:12] + (" + uncommitted changes" if p.get("dirty") else ""),
-                "code": p.get("code", "–"),
-                "data": (p.get("data") or "–")[:16],
-                "torch": p.get("versions", {}).get("torch", "–"),
-                "python": p.get("python", "–"),
-                "device": p.get("accelerator") or p.get("device", "–"),
-                "platform": p.get("platform", "–"),
-            }
-            if p:
-                seen[str(row)] = {**row, "jobs": seen.get(str(row), {"jobs": 0})["jobs"] + 1}
-        self._show(_table(list(seen.values())))
+        """Code, versions, machine and data of the jobs; more than one column means that they were not all made alike."""
+        self._show(*map(self._part, _NAMES["provenance"]), *(self._part(name) for name in self.parts if name.startswith("diff-")))
+
+    def numbers(self) -> None:
+        """Every text and number of the page, and every point of its figures, for machines; shows nothing."""
+        self._show(markup.of_facts(self.facts))
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(data, dict):
-        return {prefix: data}
-    return {key: value for name, inner in data.items() for key, value in _flat(inner, f"{prefix}.{name}" if prefix else name).items()}
+_NAMES = {
+    "baseline": ("baseline-words", "baseline-table"),
+    "cost": ("cost-table", "matching-table", "matching-words"),
+    "configuration": ("differences-words", "differences-table", "baseline-configuration", "question-file"),
+    "provenance": ("provenance-words", "provenance-table"),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,9 +58,15 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def show(figure: Figure, description: str) -> None:
-    """Displays the figure in a notebook as a static picture, with words for those who cannot see it."""
+def picture(figure: Figure, description: str, name: str = "") -> str:
+    """The figure as HTML, with words for those who cannot see it; `name` is what a result page's script finds its points by."""
+    of = f'data-figure="{html.escape(name)}" ' if name else ""
+    start = f'<svg role="img" aria-label="{html.escape(description)}" {of}style="max-width:100%;height:auto" '
+    return svg(figure).replace("<svg ", start, 1)
+
+
+def show(figure: Figure, description: str, name: str = "") -> None:
+    """Displays the figure in a notebook as a static picture; see `picture`."""
     from IPython.display import HTML, display
 
-    picture = svg(figure).replace("<svg ", f'<svg role="img" aria-label="{description}" style="max-width:100%;height:auto" ', 1)
-    display(HTML(picture))
+    display(HTML(picture(figure, description, name)))

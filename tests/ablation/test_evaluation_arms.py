@@ -16,8 +16,9 @@ from pydantic import Field
 from scipy import stats
 from test_ablation_store import Pretend, quiet
 
-from longcat_lab.ablation import JobsFailed, judge, load_results, noise, plan, read, read_sweep, render, run, solve
+from longcat_lab.ablation import JobsFailed, check, judge, load_results, noise, plan, read, read_sweep, render, run, solve
 from longcat_lab.ablation.jobs import Job
+from longcat_lab.ablation.report import html
 from longcat_lab.ablation.store import job_folder
 from longcat_lab.config import apply
 from longcat_lab.errors import LabError
@@ -312,11 +313,14 @@ def test_the_page_says_what_was_not_trained(sweep: Path) -> None:
     text = render(sweep).read_text(encoding="utf-8")
     assert "3 of 3 jobs finished" in text and "turned better than mixed" in text
     assert "turned is evaluated from mixed with other settings, not trained." in text
-    said = "<td>trained</td><td>evaluated from mixed, not trained</td><td>evaluated from mixed, not trained</td>"
-    assert text.count("<td>turned</td><td>evaluated from mixed, not trained</td>") == 3, "in the tables of effect, cost and mechanisms"
-    assert f"<td>weights</td>{said}" in text
-    assert "<td>model.rope.theta</td><td>10000.0</td><td>10000.0</td><td>50.0</td>" in text
-    assert "<td>training.evaluations" not in text
+    tables = html.shown(text).tables
+    for part in ("arms", "cost-table"):
+        assert ["turned", "evaluated from mixed, not trained"] in [row[:2] for row in tables[part]]
+    assert ["weights", "trained", *["evaluated from mixed, not trained"] * 2] in tables["mechanisms-table"]
+    assert ["turned", "evaluated from mixed, not trained", "model.rope.theta", "10000.0", "50.0"] in tables["differences-table"]
+    assert [row[1:] for row in tables["matching-table"] if row[0] == "same"] == [["1.00 ×", "1.00 ×", "–", "–"]], "it took no training"
+    assert check(sweep) == []
+    assert not any("training.evaluations" in row[2] for row in tables["differences-table"])
     for seed in range(3):
         assert f"turned/seed-{seed} (evaluated from mixed/seed-{seed}, not trained)" in text
         assert text.count(f'href="jobs/mixed/seed-{seed}/notebook.ipynb"') == 3

@@ -33,7 +33,8 @@ def sweep(tmp_path_factory):
 def page(sweep):
     done = command("report", sweep)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(sweep.resolve() / "report.html")
+    checked, path = done.stdout.splitlines()[-2:]
+    assert checked.startswith("Checked: ") and path == str(sweep.resolve() / "report.html")
     return (sweep / "report.html").read_text(encoding="utf-8")
 
 
@@ -60,7 +61,7 @@ def test_arms_are_matched_as_the_question_says(sweep):
 
 def test_the_page_answers_and_is_self_contained(page):
     assert "Do n-gram embeddings beat the same parameters spent on experts" in page
-    assert len(re.findall(r"<b>[●○?] (seen|not seen|not resolvable)</b>", page)) == 2
+    assert len(re.findall(r"<b>[●○?] (seen|not seen|not resolvable): ngram better than (?:plain|experts)</b>", page)) == 2
     assert "95 % interval, n = 3" in page
     assert page.count("<svg") >= 3
     for fetched in re.findall(r"""(?:src|href)\s*=\s*["']([^"']+)""", page):

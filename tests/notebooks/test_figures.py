@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import longcat_lab as lab
+from longcat_lab.ablation.report.curves import POINTS, bands
 from longcat_lab.notebook import (
     activated_range,
     after_real_text,
@@ -21,6 +22,7 @@ from longcat_lab.notebook import (
     step_quality,
     with_steps,
 )
+from longcat_lab.notebook.figures import band_curves, curves, quality_against_cost
 from longcat_lab.notebook.routing import CLASSES, clustered_mean, real_experts, token_classes
 from longcat_lab.notebook.style import svg
 
@@ -155,3 +157,30 @@ def test_expert_load_without_zero_experts(run):
     metrics = pandas.DataFrame({"step": [1, 2], "layers.0.mlp.router/expert_load": [[0.5] * 4, [0.25, 0.75, 0.5, 0.5]]})
     moe = lab.load("tiny", "model.moe.zero_expert_num=0", "model.moe.expected_real_experts=2").model.moe
     assert svg(expert_load(metrics, moe)).startswith("<svg")
+
+
+def test_curves_are_means_and_ranges_of_what_all_seeds_logged():
+    tables = [pandas.DataFrame({"tokens": range(100, 100 * n, 100), "loss": [value] * (n - 1)}) for n, value in ((1001, 2.0), (801, 4.0))]
+    tables[1].loc[3, "loss"] = float("nan")
+    (found,) = bands({"a": tables}, skip=0.1)
+    assert found["n"] == 2 and len(found["x"]) == len(found["y"]) == POINTS
+    assert found["x"][0] >= 0.1 * 80_000 and found["x"][-1] == 80_000 and found["x"] == sorted(found["x"])
+    assert set(found["y"]) == {3.0} and set(found["low"]) == {2.0} and set(found["high"]) == {4.0}
+    assert bands({"a": [tables[0].drop(columns="loss")], "b": []}) == []
+    assert svg(curves({"a": tables})).startswith("<svg")
+
+
+def test_figures_of_a_page_name_their_parts():
+    """Ids by which the page's script finds lines and legends; as many corners in a line as there are points."""
+    series = [{"arm": "a", "n": 2, "x": [1, 2, 3], "y": [3.0, 2.0, 1.0], "low": [2.0, 1.0, 0.5], "high": [4.0, 3.0, 2.0]}]
+    series.append({"arm": "a", "seed": 3, "status": "failed", "n": 1, "x": [1, 2], "y": [3.0, 9.0], "low": [3.0, 9.0], "high": [3.0, 9.0]})
+    text = svg(band_curves(series, "loss", "curve"))
+    assert all(f'id="lab-curve-{part}"' in text for part in ("0", "0-band", "1", "legend-0"))
+    line = text[text.index('id="lab-curve-0"') :]
+    assert line[: line.index("/>")].count("L ") == 2
+    points = [{"panel": panel, "arm": arm, "x": [5.0], "y": [1.0], "low": [0.9], "high": [1.1]} for panel in ("p", "q") for arm in "ab"]
+    drawn = quality_against_cost(points, "bits", {"q": "held equal"}, "cost")
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == ["p", "q (held equal)"]
+    text = svg(drawn)
+    assert all(f'id="lab-cost-{part}"' in text for part in ("0", "3", "3-range", "legend-0", "legend-1"))
+    assert "lab-" not in svg(band_curves(series, "loss"))

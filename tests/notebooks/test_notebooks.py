@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = {
-    "00_tour": lambda tmp: {"preset": "tiny", "steps": 20, "run_folder": str(tmp / "tour"), "progress": False},
+    "00_tour": lambda tmp: {"preset": "tiny", "steps": 20, "run_folder": str(tmp / "tour")},
     "10_moe": lambda tmp: {
         "preset": "tiny",
         "steps": 20,

@@ -19,8 +19,8 @@ def question(name):
 
 
 def test_every_question_of_the_list_is_there():
-    """R1 and R2 (dense_look), R3 (fixed_share), R4, R5 and (i) (cross_layer, recall_groups, recall_layers), R6 (kinds, recall), R7 (kinds), R8
-    (hierarchical), R12 and (h) (mtp), R13 and (e) (conversion), (a) to (d) (distillation).
+    """R1 and R2 (dense_look), R3 (fixed_share), R4, R5 and (i) (cross_layer, recall_groups, recall_layers), R6 (kinds, recall), R7
+    (kinds), R8 (hierarchical), R12 and (h) (mtp), R13 and (e) (conversion), (a) to (d) (distillation).
     """
     named = "conversion cross_layer dense_look distillation fixed_share hierarchical kinds mtp recall recall_groups recall_layers"
     assert [name.removeprefix("sparse_") for name in QUESTIONS] == named.split()
