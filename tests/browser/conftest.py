@@ -24,22 +24,30 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 sys.path.insert(0, str(ROOT / "tests" / "ablation"))  # the small finished sweep that those tests are made of
 
 
+@pytest.fixture(scope="session")
+def program() -> str:
+    """A browser's path; everything else here asks for it, so that nothing is made in vain where it is missing."""
+    pytest.importorskip("playwright.sync_api", reason="These tests drive a browser with playwright, which is not installed.")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip("These tests need a Chromium, and there is none on this machine.")
+    return found
+
+
 # Not for the session: while playwright runs, the main thread has an event loop that runs, in which other tests could start none.
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
+def chromium(program: str) -> Iterator[Any]:
     """A headless browser."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="These tests drive a browser with playwright, which is not installed.")
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("These tests need a Chromium, and there is none on this machine.")
-    with playwright.sync_playwright() as started:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
-def jupyter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def jupyter(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Address and folder of a JupyterLab that knows nothing of the settings and the kernels of this machine's owner."""
     home = tmp_path_factory.mktemp("jupyter").resolve()
     notebooks, settings = home / "notebooks", home / "settings" / "@jupyterlab" / "apputils-extension"
@@ -90,7 +98,7 @@ def _end_all(home: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def rendered_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rendered_sweep(program: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small finished sweep with its page; to be read only."""
     from answered import rendered
 
