@@ -115,7 +115,7 @@ def test_stop_interrupt_and_train_reach_a_kernel_that_waits_and_the_run_outlives
     )
     assert shown == "True\n"  # a page had sent the cell
     displayed = [m["content"]["data"] for m in page.heard if m["msg_type"] == "display_data"]
-    assert WIDGET in displayed[0] and "run this cell again" in displayed[0]["text/plain"]
+    assert WIDGET in displayed[0] and "Run this cell again" in displayed[0]["text/plain"]
 
     # Stop, while a cell waits for the end.
     cell = page.send("run = await panel.train()\nprint(run.record['status'], run.record['reason'])")

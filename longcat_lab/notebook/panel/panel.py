@@ -62,7 +62,7 @@ class Panel(Showing):
             self._take_the_place()
             from longcat_lab.notebook.panel.view import View
 
-            about = f"The panel of {self.path}: run this cell again to see it live."
+            about = f"Run this cell again to see the panel of {self.path} live."
             self._view = View(config, about, self._press_train, self.stop, self._chosen)
             self._view.say(words.idle(config), None, trains=False)
             others = [folder for folder in runs_in(self.path) if folder not in (live, before)]
