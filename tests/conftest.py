@@ -26,3 +26,19 @@ def fresh_numbers(request):
     import torch
 
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def fresh_registry(tmp_path, monkeypatch):
+    """Kinds and plugins as they were when the test began, and a working folder of its own."""
+    from longcat_lab.blocks import interface
+    from longcat_lab.config import plugins
+
+    kinds, defaults = interface.kinds(), dict(interface._DEFAULTS)
+    monkeypatch.setattr(plugins, "_IMPORTED", {})
+    monkeypatch.setattr(plugins, "_AT", {})
+    monkeypatch.chdir(tmp_path)
+    yield
+    for known, before in ((interface._KINDS, kinds), (interface._DEFAULTS, defaults)):
+        known.clear()
+        known.update(before)

@@ -16,8 +16,6 @@ from fake_rooms import PARAMETERS, write_notebook
 from rich.console import Console
 
 from longcat_lab.ablation import load_results, read, read_sweep, run, solve
-from longcat_lab.blocks import interface
-from longcat_lab.config import plugins
 from longcat_lab.errors import LabError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,16 +28,7 @@ lab.fit(lab.load(read_json(f"{job_folder}/run.json")["config"]), job_folder, pro
 SMOKE = ["training.steps=4", "training.evaluation_sequences=4", "training.schedule.warmup_steps=1"]
 
 
-@pytest.fixture(autouse=True)
-def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    kinds, defaults = interface.kinds(), dict(interface._DEFAULTS)
-    monkeypatch.setattr(plugins, "_IMPORTED", {})
-    monkeypatch.setattr(plugins, "_AT", {})
-    monkeypatch.chdir(tmp_path)
-    yield
-    for known, before in ((interface._KINDS, kinds), (interface._DEFAULTS, defaults)):
-        known.clear()
-        known.update(before)
+pytestmark = pytest.mark.usefixtures("fresh_registry")
 
 
 def command(*arguments: Any) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,6 @@ import nbformat
 import pytest
 
 import longcat_lab as lab
-from longcat_lab.blocks import interface
 from longcat_lab.config import ConfigError, apply, load, plugins, write_yaml
 from longcat_lab.errors import LabError
 
@@ -42,17 +41,7 @@ def rule(step=4, kind="mine"):
     return RULE.replace("STEP]", f"{step}]").replace('"mine"', f'"{kind}"')
 
 
-@pytest.fixture(autouse=True)
-def registry(tmp_path, monkeypatch):
-    """Kinds and plugins as they were, and a working folder of its own."""
-    kinds, defaults = interface.kinds(), dict(interface._DEFAULTS)
-    monkeypatch.setattr(plugins, "_IMPORTED", {})
-    monkeypatch.setattr(plugins, "_AT", {})
-    monkeypatch.chdir(tmp_path)
-    yield
-    for known, before in ((interface._KINDS, kinds), (interface._DEFAULTS, defaults)):
-        known.clear()
-        known.update(before)
+pytestmark = pytest.mark.usefixtures("fresh_registry")
 
 
 def write(text, name="rules.py", folder=None):
