@@ -2,6 +2,7 @@
 
 from longcat_lab.config.data import DataConfig
 from longcat_lab.config.model import ModelConfig
+from longcat_lab.config.parallel import ParallelConfig
 from longcat_lab.config.run import RunConfig, apply, load, presets
 from longcat_lab.config.training import ConversionConfig, OptimizerConfig, ScheduleConfig, TrackingConfig, TrainingConfig
 from longcat_lab.config.yaml import read_yaml, write_yaml
@@ -14,6 +15,7 @@ __all__ = [
     "ModelConfig",
     "Node",
     "OptimizerConfig",
+    "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
     "TrackingConfig",

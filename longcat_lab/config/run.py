@@ -13,13 +13,15 @@ from longcat_lab.blocks import kinds
 from longcat_lab.config import plugins as plugin_files
 from longcat_lab.config.data import DataConfig
 from longcat_lab.config.model import ModelConfig
+from longcat_lab.config.parallel import ParallelConfig
 from longcat_lab.config.training import TrackingConfig, TrainingConfig, tracked
 from longcat_lab.config.yaml import parse_yaml, read_yaml
 from longcat_lab.node import ConfigError, Node, nearest, validate_node
 
 
 class RunConfig(Node):
-    """Everything that decides a run's numbers (and `tracking`, which does not; of `plugins` the classes' code does, and no path)."""
+    """Everything that decides a run's numbers (and `tracking` and `parallel`, which do not; of `plugins` the classes' code does, and no
+    path)."""
 
     plugins: list[str] = Field(
         default_factory=list,
@@ -30,6 +32,7 @@ class RunConfig(Node):
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="before")

@@ -101,12 +101,13 @@ def _plainly(value: Any) -> str:
 
 
 def identity(config: RunConfig) -> str:
-    """Name of a run: hash of its resolved configuration (without tracking, and without the paths of plugins, whose classes' code counts),
-    its data, and the code that decides its numbers.
+    """Name of a run: hash of its resolved configuration, its data, and the code that decides its numbers.
+
+    Without tracking, without the layout over processes, and without the paths of plugins, whose classes' code counts.
 
     Prepares the data if this has not been done; that is the only slow part, and happens once.
     """
-    resolved = {key: value for key, value in config.to_dict().items() if key not in ("tracking", "plugins")}
+    resolved = {key: value for key, value in config.to_dict().items() if key not in ("tracking", "parallel", "plugins")}
     corpus = prepare(config.data, config.model.vocab_size)
     text = json.dumps([resolved, corpus.hash, code_hash(), blocks_of_ones_own(config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

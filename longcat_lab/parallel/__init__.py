@@ -1,0 +1,1 @@
+"""Meshes, how each block is placed on them, collectives, checkpoints, the planner."""
