@@ -9,7 +9,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "longcat_lab"
-ROOMS = ["errors", "files", "node", "blocks", "config", "model", "budget", "data", "training", "ablation", "notebook", "workbench", "cli"]
+ROOMS = [
+    "errors",
+    "files",
+    "node",
+    "blocks",
+    "config",
+    "model",
+    "budget",
+    "data",
+    "parallel",
+    "training",
+    "ablation",
+    "notebook",
+    "workbench",
+    "cli",
+]
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,30 @@ class Cache:
         self.tokens = None if self.tokens is None else self.tokens[:, : self.length]
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Which positions of its rows a pass holds, where others hold the rest of the same rows.
+
+    chunks: (first, end) positions that lie here, in ascending order; length: T of the whole row; ways: how many share a row.
+    whole: [B, here, ...] of every holder to [B, T, ...] in the row's order, with gradient; summed: a tensor's sum over the holders.
+    """
+
+    chunks: tuple[tuple[int, int], ...]
+    length: int
+    ways: int
+    whole: Callable[[Tensor], Tensor]
+    summed: Callable[[Tensor], Tensor]
+
+    def take(self, rows: Tensor, dim: int = 1) -> Tensor:
+        """Of something that has all T positions in `dim`, those that lie here."""
+        return torch.cat([rows.narrow(dim, first, end - first) for first, end in self.chunks], dim)
+
+
+def taken(rows: Tensor, part: Part | None, dim: int = 1) -> Tensor:
+    """`rows` as they are where a pass holds whole rows."""
+    return rows if part is None else part.take(rows, dim)
+
+
 @dataclasses.dataclass
 class ForwardContext:
     """One forward pass, as layers see it.
@@ -61,6 +86,10 @@ class ForwardContext:
     embedded: the embedding's output [B, T, H], as it entered the residual stream.
     shared: notes that layers leave for later layers of the same pass.
     step, steps: number of the prediction step that runs (1 ... steps); 0 in the trunk.
+    part: where the pass holds a part of its rows: hidden states, rope, first and padding are of that part, `tokens` and `document_ids`
+        of the whole rows.
+    keys: S, where that is not the tokens of the cache and of this pass. length: tokens of a whole row, where S is fewer.
+    real: the share of all positions of the whole rows that are no padding; None where what lies here tells.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -75,12 +104,40 @@ class ForwardContext:
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
     step: int = 0
     steps: int = 0
+    part: Part | None = None
+    keys: int | None = None
+    length: int | None = None
+    real: Tensor | float | None = None
+
+    @functools.cached_property
+    def chunks(self) -> list[tuple[slice, ForwardContext]]:
+        """The part's chunks one by one: where each lies in what is here, and its own context, whose queries are the last of its S keys."""
+        found, begin = [], 0
+        for number, (first, end) in enumerate(self.part.chunks):
+            here = slice(begin, begin + end - first)
+            begin = here.stop
+            found.append((here, self._chunk(number, here, end)))
+        return found
+
+    def _chunk(self, number: int, here: slice, end: int) -> ForwardContext:
+        count = sum(last - first for first, last in self.part.chunks)
+        return dataclasses.replace(
+            self,
+            rope=tuple(each[here] for each in self.rope),
+            first=None if self.first is None else self.first[:, here],
+            padding=None if self.padding is None else self.padding[:, here],
+            share=self.share * (here.stop - here.start) / count,
+            shared=self.shared.setdefault(f"chunk/{number}", {}),
+            part=None,
+            keys=end,
+            length=self.part.length,
+        )
 
     @functools.cached_property
     def mask(self) -> Tensor | None:
         """bool [B or 1, 1, T, S], True where visible; None is plain causal with S = T. Made when the first attention asks: it is O(T S)."""
         queries, device = len(self.rope[0]), self.rope[0].device
-        keys = queries + (self.cache.length if self.cache is not None else 0)
+        keys = self.keys or queries + (self.cache.length if self.cache is not None else 0)
         if self.first is None and keys == queries:
             return None
         return visible_keys(self.first, queries, keys, device)[:, None]

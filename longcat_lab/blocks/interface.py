@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
@@ -131,6 +131,14 @@ class Block(nn.Module):
     def counters(self) -> list[Tensor]:
         """Integer tensors counted since the last step, to be summed over the ranks that hold other parts of the batch."""
         return []
+
+    def combine(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """Called before `after_step` where others hold other parts of the batch: what was gathered on tokens becomes that of all.
+
+        summed: the sum over the holders, in place; all of them call it in the same order.
+        """
+        for counted in self.counters():
+            summed(counted)
 
     def statistics(self) -> dict[str, float]:
         """Measures of the block's mechanism at the last step, for the log."""

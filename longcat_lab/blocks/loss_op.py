@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,21 @@ class Scored:
     trains_head: bool = True
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """Where others hold the other rows of the head: number of the first row here, and sum and maximum over the holders, in place."""
+
+    first: int
+    summed: Callable[[Tensor], Tensor]
+    largest: Callable[[Tensor], Tensor]
+
+
 def cross_entropy_reference(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """sum_t -log softmax(W h_t)_{y_t} over the labels that are not -100, in nats. hidden [T, H], head [V, H], labels [T]; a scalar."""
     return F.cross_entropy((hidden @ head.T).float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
-def cross_entropies(parts: list[Scored], head: Tensor) -> tuple[Tensor, list[Tensor]]:
+def cross_entropies(parts: list[Scored], head: Tensor, vocabulary: Vocabulary | None = None) -> tuple[Tensor, list[Tensor]]:
     """Sum over parts of weight * `cross_entropy_reference`, in chunks of rows; only one chunk's logits exist at a time.
 
     Gradients are computed with the logits in the forward pass (so a logit is computed once), and there is one gradient of the head
@@ -40,19 +50,20 @@ def cross_entropies(parts: list[Scored], head: Tensor) -> tuple[Tensor, list[Ten
     Args:
         parts: hidden states with labels; head: [V, H], the head's weight. Under autocast logits are computed in its dtype and then
             taken to fp32.
+        vocabulary: the head is only some rows of it; all holders score the same hidden states, and get the same losses and gradients.
 
     Returns:
         the total (a scalar with gradient, fp32 or wider) and each part's own summed loss, not weighted, without gradient.
     """
     flat = [t for part in parts for t in (part.hidden.flatten(0, -2), part.labels.flatten())]
     plan = [(part.weight, part.trains_head) for part in parts]
-    total, *each = _CrossEntropies.apply(plan, head, torch.is_grad_enabled(), *flat)
+    total, *each = _CrossEntropies.apply(plan, head, torch.is_grad_enabled(), vocabulary, *flat)
     return total, each
 
 
 class _CrossEntropies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, head, wants_gradients, *flat):
+    def forward(ctx, plan, head, wants_gradients, vocabulary, *flat):
         kind = head.device.type
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         weight, wide = head.to(narrow), torch.promote_types(head.dtype, torch.float32)
@@ -62,21 +73,26 @@ class _CrossEntropies(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             for number, (scale, trains_head) in enumerate(plan):
                 hidden, labels = flat[2 * number], flat[2 * number + 1]
-                wants = wants_gradients and ctx.needs_input_grad[3 + 2 * number]
+                wants = wants_gradients and ctx.needs_input_grad[4 + 2 * number]
                 into = head_gradient if trains_head else None
                 found, loss = (torch.empty_like(hidden) if wants else None), head.new_zeros((), dtype=wide)
                 for start in range(0, len(hidden), rows):
                     part, target = hidden[start : start + rows].to(narrow), labels[start : start + rows]
-                    log_p = (part @ weight.T).to(wide).log_softmax(-1)
+                    logits = (part @ weight.T).to(wide)
+                    log_p = logits.log_softmax(-1) if vocabulary is None else _log_softmax(logits, vocabulary)
                     there = target != IGNORED
-                    index = target.clamp_min(0)[:, None]
-                    loss -= log_p.gather(-1, index)[:, 0].masked_fill(~there, 0).sum()
+                    # Rows of the head that are not here: the first one stands for them, with the weight 0.
+                    index = target.clamp_min(0)[:, None] - (0 if vocabulary is None else vocabulary.first)
+                    here = ((index >= 0) & (index < len(head))).to(wide)
+                    index = index.clamp(0, len(head) - 1)
+                    scored = log_p.gather(-1, index) if vocabulary is None else vocabulary.summed(log_p.gather(-1, index) * here)
+                    loss -= scored[:, 0].masked_fill(~there, 0).sum()
                     if wants or into is not None:
                         # d(scale * loss) / d(logits) = scale * (p - onehot), rows without a label 0
-                        p = log_p.exp_().scatter_add_(-1, index, log_p.new_full(index.shape, -1.0))
+                        p = log_p.exp_().scatter_add_(-1, index, -here)
                         p = p.mul_(torch.where(there, scale, 0.0)[:, None].to(wide)).to(narrow)
                         if wants:
-                            found[start : start + rows] = p @ weight
+                            found[start : start + rows] = p @ weight if vocabulary is None else vocabulary.summed(p @ weight)
                         if into is not None:
                             into.addmm_(p.T, part) if narrow == wide else into.add_(p.T @ part)
                 sums.append(loss)
@@ -98,7 +114,13 @@ class _CrossEntropies(torch.autograd.Function):
         hidden = [each for kept in ctx.gradients for each in (scaled(kept), None)]
         head = scaled(ctx.head_gradient)
         ctx.gradients = ctx.head_gradient = None  # freed with the graph, and of no use twice
-        return None, head, None, *hidden
+        return None, head, None, None, *hidden
+
+
+def _log_softmax(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """log_softmax over logits [T, V / holders] and those of the other holders."""
+    logits = logits - vocabulary.largest(logits.amax(-1, keepdim=True))
+    return logits - vocabulary.summed(logits.exp().sum(-1, keepdim=True)).log()
 
 
 def hidden_z_loss(z: Tensor, padding: Tensor | None = None) -> Tensor:

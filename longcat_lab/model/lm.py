@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longcat_lab.blocks import Cache, ForwardContext
-from longcat_lab.blocks.context import document_starts
+from longcat_lab.blocks.context import Part, document_starts, taken
+from longcat_lab.blocks.loss_op import Vocabulary
 from longcat_lab.blocks.token_embedding.module import check_tokens
 from longcat_lab.config.model import ModelConfig
 from longcat_lab.config.run import RunConfig
@@ -32,9 +33,13 @@ class LongcatLM(nn.Module):
     """A causal language model of LongCat's blocks. Parameter names follow the published checkpoints where those have one.
 
     recompute: layers keep their input alone and run again in backward (less memory, a third more work); not part of the weights.
+    stage: the layers that run here; those of other pipeline stages are not built. part: which positions of its rows run here.
+    vocabulary: where others hold the other rows of the head.
     """
 
     recompute = False
+    part: Part | None = None
+    vocabulary: Vocabulary | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,6 +48,7 @@ class LongcatLM(nn.Module):
         self.embed_tokens = config.embedding.build(shape)
         self.rope = config.rope.build(shape)
         self.layers = nn.ModuleList(config.layer.build(replace(shape, layer_index=i)) for i in range(config.num_layers))
+        self.stage = range(config.num_layers)
         self.norm = config.norm.build(shape)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = config.mtp.build(shape) if config.mtp is not None else None
@@ -55,11 +61,18 @@ class LongcatLM(nn.Module):
         cache: Cache | None = None,
         share: float = 1.0,
     ) -> ForwardContext:
-        """What the layers of one pass share, for hidden states [B, T, H] of the dtype and on the device of `like`."""
-        length, start = like.shape[1], cache.length if cache is not None else 0
-        first = None if document_ids is None else document_starts(document_ids)
+        """What the layers of one pass share, for hidden states [B, T, H] of the dtype and on the device of `like` (of a part of the rows,
+        where one runs here; the other arguments are of whole rows).
+        """
+        part, start = self.part, cache.length if cache is not None else 0
+        length = like.shape[1] if part is None else part.length
+        first = None if document_ids is None else taken(document_starts(document_ids), part)
         rope = self.rope(length, self.config.attention.qk_rope_head_dim, like, start)
-        return ForwardContext(rope, first, padding, share, cache)
+        if part is None:
+            return ForwardContext(rope, first, padding, share, cache)
+        real = None if padding is None else 1 - padding.double().mean()
+        padding = None if padding is None else part.take(padding)
+        return ForwardContext(tuple(part.take(each, 0) for each in rope), first, padding, share, cache, part=part, real=real)
 
     def hidden(
         self,
@@ -68,8 +81,9 @@ class LongcatLM(nn.Module):
         padding: Tensor | None = None,
         cache: Cache | None = None,
         share: float = 1.0,
+        x: Tensor | None = None,
     ) -> Tensor:
-        """The last layer's output [B, T, H], before the final norm.
+        """The last layer's output [B, T, H], before the final norm; of a part of the rows [B, here, H], where one runs here.
 
         Args:
             tokens: int64 [B, T], T at most max_position_embeddings.
@@ -79,19 +93,22 @@ class LongcatLM(nn.Module):
             padding: bool [B, T], True where there is no token: nothing is routed to a real expert or counted there.
             cache: of the tokens before these (one document a row); it takes these in.
             share: of the global batch's tokens that are here (weighs the layers' own losses).
+            x: what the pipeline stage before this one returned; None where the embedding is here.
         """
         history = None if cache is None else cache.tokens
-        x = self.embed_tokens(tokens, document_ids, history)
+        if x is None:
+            x = self.embed_tokens(tokens, document_ids, history, **({} if self.part is None else {"part": self.part}))
         context = self.context(x, document_ids, padding, cache, share)
         context.tokens, context.document_ids, context.history, context.embedded = tokens, document_ids, history, x
         enter = getattr(self.embed_tokens, "enter", lambda point, x, context: x)
-        for point, layer in enumerate(self.layers):
-            x = enter(point, x, context)  # n-gram kinds that add to the residual stream here
+        for point in self.stage:
+            layer, x = self.layers[point], enter(point, x, context)  # n-gram kinds add to the residual stream here
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, context, use_reentrant=False)
             else:
                 x = layer(x, context)
-        x = enter(len(self.layers), x, context)
+        if self.stage.stop == len(self.layers):
+            x = enter(self.stage.stop, x, context)
         if cache is not None:
             cache.advance(tokens)
         return x

@@ -11,27 +11,30 @@ DATA_SEED_STRIDE = 1_000_003  # keeps (data.seed, seed) pairs apart in one numbe
 WARMUP_STREAM = 1 << 56  # of the warm-up's own order
 
 
-def training_loader(config: RunConfig, corpus: Corpus, stream: int = 0) -> Loader:
-    """The batches that `fit` trains on, from the first one on; `stream` is added to the seed of their order."""
+def training_loader(config: RunConfig, corpus: Corpus, stream: int = 0, place: int = 0, ways: int = 1) -> Loader:
+    """The batches that `fit` trains on, from the first one on; `stream` is added to the seed of their order.
+
+    place, ways: which part of each batch, of how many.
+    """
     seed = config.data.seed * DATA_SEED_STRIDE + config.seed + stream
     if config.data.probe is not None:
-        return ProbeLoader(corpus, config.data, seed)
-    return Loader(corpus.split("train"), config.data.sequence_length, config.data.batch_size, seed)
+        return ProbeLoader(corpus, config.data, seed, place, ways)
+    return Loader(corpus.split("train"), config.data.sequence_length, config.data.batch_size, seed, place, ways)
 
 
 class Batches:
     """What each step reads. The warm-up of indexers reads batches of its own, which the other steps do not miss."""
 
-    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
-        self.config, self.corpus = config, corpus
-        self.language, self.warmup = training_loader(config, corpus), None
+    def __init__(self, config: RunConfig, corpus: Corpus, place: int = 0, ways: int = 1) -> None:
+        self.config, self.corpus, self.part = config, corpus, (place, ways)
+        self.language, self.warmup = training_loader(config, corpus, 0, *self.part), None
 
     def next(self, step: int, stage: str) -> Batch:
         """The batch of optimizer step `step`, which is in `stage`."""
         if stage != "warmup":
             return next(self.language)
         if self.warmup is None:
-            self.warmup = training_loader(self.config, self.corpus, WARMUP_STREAM)
+            self.warmup = training_loader(self.config, self.corpus, WARMUP_STREAM, *self.part)
         # As far on as the language model is: what a probe asks follows from how many samples came before.
         self.warmup.samples_seen = step * self.config.data.batch_size
         return next(self.warmup)

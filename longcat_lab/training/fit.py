@@ -16,17 +16,20 @@ from longcat_lab.data import Loader, prepare
 from longcat_lab.data.batch import window_count
 from longcat_lab.errors import LabError, is_out_of_memory
 from longcat_lab.files import read_json
-from longcat_lab.model import build
+from longcat_lab.model import LongcatLM, build
 from longcat_lab.model.memory import check_memory
+from longcat_lab.parallel.placement import build_part
+from longcat_lab.parallel.world import World, start
 from longcat_lab.training import checkpoint, conversion, device, evaluation_arms, growth, mechanisms, out_of_memory, provenance, requests
 from longcat_lab.training.batches import Batches
 from longcat_lab.training.evaluation import entry_measures, evaluate, evaluate_all
-from longcat_lab.training.loss import plan_step, step_loss
+from longcat_lab.training.loss import plan_step
 from longcat_lab.training.optimizer import added_bytes, clip, make_optimizer, set_learning_rate, split, split_table
 from longcat_lab.training.record import PEAK, Record
 from longcat_lab.training.run import Run
 from longcat_lab.training.schedule import learning_rate_factor
 from longcat_lab.training.sitting import alone_in, finish_the_step
+from longcat_lab.training.steps import Steps
 from longcat_lab.training.trackers import FileTracker, WandbTracker
 
 
@@ -46,18 +49,30 @@ def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = T
             more, memory or disk is full.
         KeyboardInterrupt: as ever, but at the end of the step and after a checkpoint; a second one raises at once.
     """
-    identity = provenance.identity(config)
+    place = device.choose(config.training.device)
+    start(config, place)
+    world = World(config, place)
+    identity = world.first_of_all(lambda: provenance.identity(config))  # prepares the data, which the others then find
+    world.alike("configuration, data or code", provenance.identity(config))
     folder = Path(path) if path is not None else Path("runs/single") / identity
-    with alone_in(folder):
-        before = read_json(folder / "run.json")
-        before = before if isinstance(before, dict) else {}
-        if before.get("identity", identity) != identity:
-            raise LabError(f"{folder} holds another run ({before['identity']}, this one is {identity}): give another folder or delete it.")
+    with contextlib.ExitStack() as held:
+        before = world.first_of_all(lambda: _take(folder, identity, held))
         if before.get("status") != "finished":
-            checkpoint.remove_leftovers(folder)
             with device.deterministic(config.training.threads):
-                _session(config, folder, identity, before, progress, stop).run()
+                _session(config, world, folder, identity, before, progress and world.first, stop).run()
     return Run(folder)
+
+
+def _take(folder: Path, identity: str, held: contextlib.ExitStack) -> dict[str, Any]:
+    """Takes the folder's lock; what its run.json says."""
+    held.enter_context(alone_in(folder))
+    before = read_json(folder / "run.json")
+    before = before if isinstance(before, dict) else {}
+    if before.get("identity", identity) != identity:
+        raise LabError(f"{folder} holds another run ({before['identity']}, this one is {identity}): give another folder or delete it.")
+    if before.get("status") != "finished":
+        checkpoint.remove_leftovers(folder)
+    return before
 
 
 def _session(config: RunConfig, *rest: Any) -> _Session:
@@ -77,46 +92,50 @@ class _Session:
     def __init__(
         self,
         config: RunConfig,
+        world: World,
         folder: Path,
         identity: str,
         before: dict[str, Any],
         progress: bool,
         stop: Callable[[], bool] | None,
     ) -> None:
-        self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
+        self.config, self.world, self.folder, self.progress, self.stop = config, world, folder, progress, stop
         self.identity = identity
         self.corpus = prepare(config.data, config.model.vocab_size)
         for held in self.corpus.splits:  # now, and not when training is over
             window_count(self.corpus.split(held), config.data.sequence_length)
-        self.device = device.choose(config.training.device)
+        self.device = world.device
         if config.training.growth:
             growth.check(config)
         conversion.check(config)
         evaluation_arms.check(config)
-        with torch.device("meta"):
-            whole = build(config)
-        check_memory(whole, device.free_bytes(self.device), "train", added_bytes(whole, config.training.optimizer))
-        self.record = Record(folder, config, identity, before, self.corpus.hash, self.device)
+        if world.size == 1:
+            with torch.device("meta"):
+                whole = build(config)
+            check_memory(whole, device.free_bytes(self.device), "train", added_bytes(whole, config.training.optimizer))
+        self.record = Record(folder, config, identity, before, self.corpus.hash, self.device, world)
         device.start_peak(self.device)
         torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
         self._assemble(checkpoint.latest_step(folder))
-        self.batches = Batches(config, self.corpus)
+        self.batches = Batches(config, self.corpus, world.batch_place, world.layout.batch_ways)
         # Since the last logged row: summed losses, steps, seconds.
         self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
         self.seconds, self.step, self.initial = 0.0, 0, {}
         self.stage = ""
         self._resume()
-        self.sinks: list[FileTracker | WandbTracker] = [FileTracker(folder, self.step)]
+        self.sinks: list[FileTracker | WandbTracker] = [FileTracker(folder, self.step)] if world.first else []
         self.record.begin(split_table(split(self.model, config.training.optimizer, config.model.width_scale), config.training.optimizer))
-        if config.tracking.wandb != "off":
+        if config.tracking.wandb != "off" and world.first:
             self.sinks.append(WandbTracker(config.tracking, folder))
 
     def _assemble(self, step: int) -> None:
         """Model and optimizer as they are when `step` steps are done: shallow until the step at which the layers are stacked."""
         config, growing = self.config, self.config.training.growth
         self.shallow = growing is not None and step <= growing.at_step
-        self.model = build(growth.shallow(config) if self.shallow else config).to(self.device).train()
+        at_first = growth.shallow(config) if self.shallow else config
+        self.model = (build(at_first).to(self.device) if self.world.size == 1 else build_part(at_first, self.world)).train()
         self.model.recompute = config.training.recompute
+        self.steps = Steps(self.model, config, self.world)
         self.optimizer = make_optimizer(self.model, config.training.optimizer, config.model.width_scale)
         conversion.enter(self.model, conversion.stage_at(config, step))
         self._matrix_rate = next(group["peak"] for group in self.optimizer.param_groups if group["role"] == "matrix")
@@ -132,8 +151,10 @@ class _Session:
     def _resume(self) -> None:
         state = checkpoint.load_latest(self.folder, self.identity, self.model, self.optimizer)
         if state is None:
-            batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
-            self.initial = {f"{key}_initial": value for key, value in entry_measures(self.model, batch).items()}
+            with self.steps.whole() as model:
+                if self.world.first:
+                    batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
+                    self.initial = {f"{key}_initial": value for key, value in entry_measures(model, batch).items()}
             return
         self.step, self.seconds, self.window, self.initial = (state[key] for key in ("step", "seconds", "window", "initial"))
         self.batches.load_state_dict(state["loader"])
@@ -146,8 +167,9 @@ class _Session:
                 self.asked = asked
                 stopped = self._train()
             if not stopped:
-                self.record.content["final"] = self._final()
-                checkpoint.save_weights(self.model, self.folder / checkpoint.WEIGHTS) if self.config.training.keep_model else None
+                with self.steps.whole() as model:
+                    if self.world.first:
+                        self._finish(model)
             self._close("interrupted" if stopped else "finished", "stopped as asked" if stopped else None)
         except KeyboardInterrupt:  # the second one: this step is lost, the last checkpoint is not
             self._close("interrupted", "stopped by the keyboard")
@@ -161,7 +183,7 @@ class _Session:
                 raise told from None
             self._close("failed", f"{type(error).__name__}: {error}" if not isinstance(error, LabError) else str(error))
             raise
-        if not stopped:
+        if not stopped and self.world.first:
             checkpoint.remove_all(self.folder)
         elif self.asked.is_set():
             raise KeyboardInterrupt
@@ -190,14 +212,16 @@ class _Session:
                     raise LabError(f"The loss is {loss} at step {self.step}: lower training.optimizer.learning_rate or raise warmup_steps.")
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if self.step % training.log_every == 0 or self.step == training.steps:
+                if self.step % training.log_every == 0 or self.step == training.steps or self._validates():
                     self._log(norm, tokens)
                 if time.monotonic() - shown > 1 or self.step == training.steps:
                     shown = time.monotonic()
                     self.record.tell(self.step, loss, self.seconds)
                 if self.step % training.checkpoint_every == 0 and self.step < training.steps:
                     self._checkpoint()
-                if self.step < training.steps and (self.asked.is_set() or asked_here() or (self.stop is not None and self.stop())):
+                if self.step < training.steps and self.world.any(
+                    self.asked.is_set() or asked_here() or (self.stop is not None and self.stop())
+                ):
                     self._checkpoint()
                     return True
         return False
@@ -216,21 +240,19 @@ class _Session:
         if stage == "warmup":
             for group in (each for each in self.optimizer.param_groups if each["role"] == "indexer"):
                 group["lr"] = training.conversion.warmup_learning_rate
-        plan, told = plan_step(batch, self.config, self.step), {}
-        size, sequences = training.micro_batch_size or len(batch.tokens), len(batch.tokens)
-        for start in range(0, sequences, size):
-            part = [t[start : start + size].to(self.device) for t in (batch.tokens, batch.labels, batch.document_ids)]
-            loss, parts = step_loss(self.model, *part, self.config, plan, len(part[0]) / sequences)
-            loss.backward()
-            told = {key: told.get(key, 0.0) + value for key, value in parts.items()}
-        norm = clip(self.optimizer, training.optimizer.clip_norm)
+        told = self.steps.gradients(batch, plan_step(batch, self.config, self.step, self.world))
+        norm = clip(self.optimizer, training.optimizer.clip_norm, self.steps.norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        mechanisms.after_step(self.model)
+        mechanisms.after_step(self.model, self.steps.summed)
         return told, norm
 
+    def _validates(self) -> bool:
+        every = self.config.training.evaluate_every
+        return every is not None and self.step % every == 0
+
     def _log(self, norm: float, tokens: int) -> None:
-        training, window = self.config.training, self.window
+        window = self.window
         sums = {key: value / window["steps"] for key, value in window["sums"].items()}
         row = {
             "step": self.step,
@@ -241,10 +263,11 @@ class _Session:
             "tokens_per_second": window["steps"] * tokens / window["seconds"],
             "seconds": self.seconds,
             **sums,
-            **mechanisms.statistics(self.model),
+            **self.steps.statistics(),
         }
-        if training.evaluate_every and (self.step % training.evaluate_every == 0):
-            row["validation_bpb"] = evaluate(self.model, self.corpus, self.config, "validation")
+        if self._validates():
+            with self.steps.whole() as model:
+                row["validation_bpb"] = evaluate(model, self.corpus, self.config, "validation") if self.world.first else None
         self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
         for sink in self.sinks:
             sink.log(row)
@@ -253,29 +276,33 @@ class _Session:
         state = {"seconds": self.seconds, "window": self.window, "initial": self.initial, "loader": self.batches.state_dict()}
         state[PEAK] = self.record.peak()
         checkpoint.save(self.folder, self.identity, self.step, self.model, self.optimizer, state)
-        self.sinks[0].save()
+        self.sinks[0].save() if self.sinks else None
 
-    def _final(self) -> dict[str, float]:
+    def _finish(self, model: LongcatLM) -> None:
+        self.record.content["final"] = self._final(model)
+        checkpoint.save_weights(model, self.folder / checkpoint.WEIGHTS) if self.config.training.keep_model else None
+
+    def _final(self, model: LongcatLM) -> dict[str, float]:
         started, rows = time.perf_counter(), self.sinks[0].rows
-        found = evaluate_all(self.model, self.corpus, self.config)
-        found.update(evaluation_arms.evaluate_arms(self.model, self.corpus, self.config))
+        found = evaluate_all(model, self.corpus, self.config)
+        found.update(evaluation_arms.evaluate_arms(model, self.corpus, self.config))
         batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
         self.record.content["timings"]["evaluation_seconds"] = time.perf_counter() - started
         means = mechanisms.late_means(rows)
-        self.record.content["not_engaged"] = mechanisms.not_engaged(self.model, means)
+        self.record.content["not_engaged"] = mechanisms.not_engaged(model, means)
         return {
             **found,
             "train_loss": rows[-1]["loss"],
             "tokens": rows[-1]["tokens"],
             "epochs": self.batches.epoch,
             **self.initial,
-            **{f"{key}_final": value for key, value in entry_measures(self.model, batch).items()},
+            **{f"{key}_final": value for key, value in entry_measures(model, batch).items()},
             **mechanisms.over_blocks(means),
         }
 
     def _close(self, status: str, reason: str | None) -> None:
         with contextlib.suppress(Exception) if status == "failed" else contextlib.nullcontext():  # told is what came first
-            self.sinks[0].finish()
+            self.sinks[0].finish() if self.sinks else None
         self.record.close(status, reason, self.step, self.seconds)
         for tracker in self.sinks[1:]:  # which read what the record says
             tracker.finish()

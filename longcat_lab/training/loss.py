@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longcat_lab.blocks.context import taken
 from longcat_lab.blocks.loss_op import Scored, cross_entropies, hidden_z_loss
 from longcat_lab.blocks.mtp.module import step_labels
 from longcat_lab.config import RunConfig
 from longcat_lab.data import IGNORED, Batch
 from longcat_lab.model import LongcatLM
+from longcat_lab.parallel.world import World
 from longcat_lab.training import device
 
 
@@ -26,25 +28,41 @@ class StepPlan:
     labels: list[int]
     mtp_weight: float
 
+    def told(self, config: RunConfig) -> list[str]:
+        """Names of what `step_loss` tells."""
+        steps = [f"mtp/mtp_loss_{k}" for k in range(1, len(self.labels))]
+        return ["loss", *steps, *(["trunk/z_loss", "trunk/hidden_max", "trunk/hidden_norm"] if config.training.z_loss_weight else [])]
 
-def plan_step(batch: Batch, config: RunConfig, step: int) -> StepPlan:
-    """The plan of optimizer step `step` (0 ... steps - 1)."""
+
+def plan_step(batch: Batch, config: RunConfig, step: int, world: World | None = None) -> StepPlan:
+    """The plan of optimizer step `step` (0 ... steps - 1); `batch` is the global batch, or this process's sequences of it."""
     mtp = config.model.mtp
     weight = mtp.weight_at(step / config.training.steps) if mtp else 0.0
     ahead = range(1, mtp.num_nextn_predict_layers + 1) if weight else ()
     labels = [batch.labels, *(step_labels(batch.labels, batch.document_ids, k) for k in ahead)]
-    return StepPlan([int((each != IGNORED).sum()) for each in labels], weight)
+    counts = torch.stack([(each != IGNORED).sum() for each in labels])
+    if world is not None and world.batch is not None:  # whole rows are counted by every one of those that share them
+        counts = world.sum(counts.to(world.device), world.batch) // world.layout.context
+    return StepPlan(counts.tolist(), weight)
 
 
 def step_loss(
-    model: LongcatLM, tokens: Tensor, labels: Tensor, document_ids: Tensor, config: RunConfig, plan: StepPlan, share: float
+    model: LongcatLM,
+    tokens: Tensor,
+    labels: Tensor,
+    document_ids: Tensor,
+    config: RunConfig,
+    plan: StepPlan,
+    share: float,
+    x: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of a part of a global batch; summed over its parts it is the batch's.
 
         CE(next) + (lambda / D) sum_k CE(k ahead) + z_loss_weight * L_Z,   CE a mean over the batch's scored labels, in nats
 
     Args:
-        tokens, labels, document_ids: int64 [B, T]; share: of the global batch's tokens that are here.
+        tokens, labels, document_ids: int64 [B, T], whole rows; share: of the global batch's tokens that are here.
+        x: what the pipeline stage before the last one returned; None where the model is whole.
 
     Returns:
         a scalar with gradient, and the parts' contributions to what the log calls `loss` (the next token's alone), `mtp/mtp_loss_K`,
@@ -52,14 +70,15 @@ def step_loss(
     """
     training = config.training
     with device.autocast(tokens.device, training.precision):
-        hidden = model.hidden(tokens, document_ids, share=share)
-        scored = [Scored(model.norm(hidden), labels, 1 / max(plan.labels[0], 1))]
+        hidden = model.hidden(tokens, document_ids, share=share, x=x)
+        scored = [Scored(model.norm(hidden), taken(labels, model.part), 1 / max(plan.labels[0], 1))]
         if plan.mtp_weight:
             detach = config.model.mtp.detach
             for k, state in enumerate(model.ahead(hidden, tokens, document_ids, share=share), 1):
                 weight = plan.mtp_weight / config.model.mtp.num_nextn_predict_layers / max(plan.labels[k], 1)
-                scored.append(Scored(state, step_labels(labels, document_ids, k, IGNORED), weight, trains_head=not detach))
-        total, sums = cross_entropies(scored, model.lm_head.weight)
+                ahead = taken(step_labels(labels, document_ids, k, IGNORED), model.part)
+                scored.append(Scored(state, ahead, weight, trains_head=not detach))
+        total, sums = cross_entropies(scored, model.lm_head.weight, model.vocabulary)
     told = {"loss": float(sums[0]) / max(plan.labels[0], 1)}
     told.update({f"mtp/mtp_loss_{k}": float(each) / max(plan.labels[k], 1) for k, each in enumerate(sums[1:], 1)})
     if training.z_loss_weight:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
 from longcat_lab.blocks import Block
 
@@ -17,18 +16,15 @@ def blocks(model: nn.Module) -> dict[str, Block]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Block)}
 
 
-def after_step(model: nn.Module) -> None:
-    """Lets every block take its own step (a router's bias), on counts of the whole global batch."""
+def after_step(model: nn.Module, summed: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Lets every block take its own step (a router's bias), on what was counted in the whole global batch.
+
+    summed: the sum over the processes that hold other parts of the batch, in place; None where there are none.
+    """
     for block in (each for each in blocks(model).values() if each.training):  # frozen blocks stay as they are
-        for counted in block.counters():
-            sum_over_ranks(counted)
+        if summed is not None:
+            block.combine(summed)
         block.after_step()
-
-
-def sum_over_ranks(counted: torch.Tensor) -> None:
-    """Adds up integers over the ranks that share a batch, in place; exact in whatever order. One process: nothing to do."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counted)
 
 
 def statistics(model: nn.Module) -> dict[str, Any]:

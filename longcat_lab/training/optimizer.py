@@ -13,12 +13,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longcat_lab.blocks import Block
 from longcat_lab.config import OptimizerConfig
 from longcat_lab.errors import LabError
 from longcat_lab.node import nearest
+from longcat_lab.parallel.locally import local, placed
 from longcat_lab.training.muon import StackedMuon
 from longcat_lab.training.table_optimizer import TableOptimizer, merge, table_betas, told
 
@@ -201,7 +202,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, width_scale: float
         stack = row.stack if row.optimizer == "muon" else 1
         part = "stacked_muon" if row.optimizer == "muon" and (stack > 1 or len(row.shape) > 2) else row.optimizer
         rates = {"role": role, "peak": row.learning_rate, "lr": row.learning_rate, "weight_decay": row.weight_decay}
-        alike = (role, stack, row.clipped, row.weight_decay)
+        # Fused steps take tensors that lie alike over the processes.
+        alike = (role, stack, row.clipped, row.weight_decay, placed(parameters[row.name]))
         group = parts.setdefault(part, {}).setdefault(alike, {"params": [], "clipped": row.clipped, **rates})
         group["params"].append(parameters[row.name])
         if role == "table":
@@ -246,18 +248,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer | Optimizers, factor: flo
 
 
 @torch.no_grad()
-def clip(optimizer: torch.optim.Optimizer | Optimizers, largest: float) -> float:
+def clip(
+    optimizer: torch.optim.Optimizer | Optimizers, largest: float, norm_of: Callable[[list[nn.Parameter]], Tensor] | None = None
+) -> float:
     """Scales the gradients of everything but `clip_without` to an L2 norm of at most `largest`; the norm before.
 
     Tables stay out unless asked for: their gradient's norm follows the number of rows hit, and would set the step of all others.
     Sparse gradients that count are left merged, so that the optimizer need not do it again.
+
+    norm_of: the norm of these parameters' gradients where other processes have parts of them; all call it.
     """
+    counted = [p for group in optimizer.param_groups if group["clipped"] for p in group["params"] if p.grad is not None]
     gradients = []
-    for parameter in (p for group in optimizer.param_groups if group["clipped"] for p in group["params"] if p.grad is not None):
+    for parameter in counted:
         if parameter.grad.is_sparse:
             parameter.grad = merge(parameter.grad)
-        gradients.append(parameter.grad._values() if parameter.grad.is_sparse else parameter.grad)
-    norm = nn.utils.get_total_norm(gradients)
+        gradients.append(parameter.grad._values() if parameter.grad.is_sparse else local(parameter.grad))
+    norm = nn.utils.get_total_norm(gradients) if norm_of is None else norm_of(counted)
     # What torch's clip_grad_norm_ does, which takes no sparse gradients: the bits are the same.
     scale = torch.clamp(largest / (norm + 1e-6), max=1.0)
     for gradient in gradients:

@@ -13,6 +13,7 @@ import torch
 from longcat_lab.budget import totals
 from longcat_lab.config import RunConfig, plugins
 from longcat_lab.files import write_json, write_whole
+from longcat_lab.parallel.world import World
 from longcat_lab.training import device as devices
 from longcat_lab.training import provenance
 
@@ -21,16 +22,23 @@ LATELY = 30  # of what is told once a second: growth, conversion and another mac
 
 
 class Record:
-    """One sitting's hand on run.json.
+    """One sitting's hand on run.json. Of several processes the first one writes.
 
     before: what run.json held when the sitting began; keys that are not training's own (a sweep's) stay as they are.
     content: what it holds now.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, identity: str, before: dict[str, Any], data_hash: str, device: torch.device
+        self,
+        folder: Path,
+        config: RunConfig,
+        identity: str,
+        before: dict[str, Any],
+        data_hash: str,
+        device: torch.device,
+        world: World,
     ) -> None:
-        self.folder, self.device, self.steps = folder, device, config.training.steps
+        self.folder, self.device, self.steps, self.writes = folder, device, config.training.steps, world.first
         self.tokens_a_step = config.data.batch_size * config.data.sequence_length
         self._told: deque[tuple[int, float]] = deque(maxlen=LATELY)
         past = before.get("timings", {})
@@ -43,12 +51,15 @@ class Record:
             "config": config.to_dict(),
             "provenance": {**provenance.provenance(data_hash, device), "plugins": plugins.stated(config.plugins)},
             "budget": totals(config),
+            "layout": world.layout.told(),
             "timings": {"started": past.get("started") or _now()},
             "final": {},
         }
 
     def begin(self, optimizer_table: str) -> None:
         """The run is running now: its record, which parameter is trained how, and what of the code is in no commit."""
+        if not self.writes:
+            return
         write_json(self.folder / "run.json", self.content)
         write_whole(self.folder / "optimizer.txt", lambda path: path.write_text(optimizer_table + "\n", encoding="utf-8"))
         difference = provenance.uncommitted_changes()
@@ -61,6 +72,8 @@ class Record:
 
     def tell(self, step: int, loss: float, seconds: float) -> None:
         """progress.json: what a live table shows. Rate and time left are those of the last half minute of this sitting."""
+        if not self.writes:
+            return
         self._told.append((step, time.monotonic()))
         (first, then), (_, now) = self._told[0], self._told[-1]
         rate = (step - first) * self.tokens_a_step / (now - then) if step > first else step * self.tokens_a_step / seconds
@@ -76,7 +89,8 @@ class Record:
         if seconds:
             timings["tokens_per_second"] = step * self.tokens_a_step / seconds
         self.content |= {"status": status, "reason": reason, "timings": timings}
-        write_json(self.folder / "run.json", self.content)
+        if self.writes:
+            write_json(self.folder / "run.json", self.content)
 
 
 def _now() -> str:

@@ -82,9 +82,7 @@ def test_under_autocast_the_experts_run_in_bf16_and_the_router_does_not(monkeypa
     module = load("tiny").model.moe.build(shape)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    monkeypatch.setattr(
-        "longcat_lab.blocks.moe.module.experts", lambda u, *rest: seen.append((u.dtype, rest[1].dtype)) or experts(u, *rest)
-    )
+    monkeypatch.setattr(module, "compute", lambda u, *rest: seen.append((u.dtype, rest[1].dtype)) or experts(u, *rest))
     x = torch.randn(2, 8, shape.hidden_size)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(x)

@@ -127,7 +127,8 @@ def _words(a: Ablation, known: dict[str, dict[str, float | None]], chosen: dict[
     if equal and len(a.variants) > 1:
         said.append(f"Equal within {100 * NEAR:g} % in all trained arms, without a rule: {', '.join(equal)}")
     said.append(
-        f"Training FLOPs are counted as {PASSES} forward passes of every training token; times and memory are medians over finished seeds, "
+        f"Training FLOPs are counted as {PASSES} forward passes of every training token, without recomputation and "
+        "the stages of a conversion; times and memory are medians over finished seeds, "
         "measured beside whatever else the machine did"
     )
     said.append(f"Tuned: {a.tuned.rstrip('.')}" if a.tuned else "The question file names nothing that was tuned")

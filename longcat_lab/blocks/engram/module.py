@@ -79,6 +79,8 @@ class EngramLayer(Block):
 class Engram(TokenEmbedding):
     """The token's row at the input and an `EngramLayer` before each of `injection_layers`. tokens int64 [B, T] to [B, T, H]."""
 
+    whole_rows = True
+
     def __init__(self, config: EngramConfig, shape: ModelShape, std: float) -> None:
         super().__init__(shape.vocab_size, shape.hidden_size, std)
         self.engrams = nn.ModuleDict({str(layer): EngramLayer(config, shape, std, layer) for layer in config.injection_layers})

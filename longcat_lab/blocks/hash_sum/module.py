@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from longcat_lab.blocks.context import Part, taken
 from longcat_lab.blocks.interface import ModelShape
 from longcat_lab.blocks.ngram_embedding.tables import HashedTables
 from longcat_lab.blocks.token_embedding.module import TokenEmbedding
@@ -21,8 +22,10 @@ class HashSum(TokenEmbedding):
         super().__init__(shape.vocab_size, shape.hidden_size, std / gain if config.normalised_init else std)
         self.tables = HashedTables(config, shape.vocab_size, shape.hidden_size, config.table_init_ratio * self.std)
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, history: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, document_ids: Tensor | None = None, history: Tensor | None = None, part: Part | None = None
+    ) -> Tensor:
         """`history`: int64 [B, h], tokens before these in the same document (decoding); the last order - 1 of them are read."""
-        token = super().forward(tokens)
-        read = self.tables.read(self.tables.addresses(tokens, document_ids, history))  # [B, T, E, H]
+        token = super().forward(tokens, part=part)
+        read = self.tables.read(taken(self.tables.addresses(tokens, document_ids, history), part))  # [B, T, E, H]
         return (token + read.sum(-2)) / (read.shape[-2] + 1)

@@ -37,6 +37,7 @@ class MLA(Block):
         super().__init__()
         c, hidden = config, shape.hidden_size
         self.config = c
+        self.heads = c.num_attention_heads  # that are computed here
         norm = c.latent_norm(shape)
         if c.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, c.num_attention_heads * c.qk_head_dim, bias=False)
@@ -64,7 +65,7 @@ class MLA(Block):
     def queries(self, c_q: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """q_nope and q_rope, [B, heads, T, each width]."""
         c = self.config
-        q = (self.q_proj if c.q_lora_rank is None else self.q_b_proj)(c_q).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
+        q = (self.q_proj if c.q_lora_rank is None else self.q_b_proj)(c_q).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
         return q_nope, rotate(q_rope, *rope)
 
@@ -75,7 +76,23 @@ class MLA(Block):
         c_kv, k_rope = self.latents(x, context.rope)
         if context.cache is not None:
             c_kv, k_rope = context.cache.extend(self, c_kv, k_rope)
-        return self.attend(x, c_q, q_nope, q_rope, c_kv, k_rope, context)
+        if context.part is None:
+            return self.attend(x, c_q, q_nope, q_rope, c_kv, k_rope, context)
+        return self.attend_in_chunks(x, c_q, q_nope, q_rope, c_kv, k_rope, context)
+
+    def attend_in_chunks(
+        self, x: Tensor, c_q: Tensor, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, context: ForwardContext
+    ) -> Tensor:
+        """`attend` where others hold the rest of the rows: queries stay, latents of the whole row come (kv_lora_rank + qk_rope_head_dim
+        numbers a token), and each chunk of queries meets the keys up to its own end.
+        """
+        c_kv, k_rope = context.part.whole(cat((c_kv, k_rope), -1)).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
+        out = []
+        for here, chunk in context.chunks:
+            chunk.step, chunk.steps = context.step, context.steps
+            seen = (c_kv[:, : chunk.keys], k_rope[:, : chunk.keys])
+            out.append(self.attend(x[:, here], c_q[:, here], q_nope[:, :, here], q_rope[:, :, here], *seen, chunk))
+        return cat(out, 1)
 
     def attend(
         self, x: Tensor, c_q: Tensor, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, context: ForwardContext
@@ -87,9 +104,9 @@ class MLA(Block):
     def expanded(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, heads * v_head_dim], with keys and values of every head."""
         c = self.config
-        kv = self.kv_b_proj(c_kv).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
+        kv = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), -1)
-        k_rope = k_rope[:, None].expand(-1, c.num_attention_heads, -1, -1)
+        k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
         out = attention(cat((q_nope, q_rope), -1), cat((k_nope, k_rope), -1), v, mask, self.softmax_scale)
         return out.transpose(1, 2).flatten(-2)
 
@@ -123,4 +140,4 @@ class MLA(Block):
     def _ups(self) -> tuple[Tensor, Tensor]:
         """W_uk [heads, qk_nope_head_dim, kv_lora_rank] and W_uv [heads, v_head_dim, kv_lora_rank]."""
         c = self.config
-        return self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)).split((c.qk_nope_head_dim, c.v_head_dim), 1)
+        return self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split((c.qk_nope_head_dim, c.v_head_dim), 1)

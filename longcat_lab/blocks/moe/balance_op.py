@@ -45,7 +45,15 @@ def sign_step(counts: Tensor, rate: float) -> Tensor:
     return rate * torch.sign(counts.double().mean() - counts.double())
 
 
-def balance_loss(p: Tensor, counts: Tensor, groups: int, expected_real_experts: float, topk: int, n_routed: int) -> tuple[Tensor, Tensor]:
+def balance_loss(
+    p: Tensor,
+    counts: Tensor,
+    groups: int,
+    expected_real_experts: float,
+    topk: int,
+    n_routed: int,
+    tokens: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """L = sum_j f_j P_j over D groups of real experts and one of all zero-computation experts; 1 where all is balanced.
 
         P_j = (1 / T) sum_{i in G_j} sum_t p_ti,   f_j = D / (K_e T) picks in G_j,   f_zero = 1 / ((K - K_e) T) picks in Z
@@ -53,13 +61,15 @@ def balance_loss(p: Tensor, counts: Tensor, groups: int, expected_real_experts: 
     Args:
         p: [T, N + Z], rows sum to 1; counts: int64 [N + Z], picks of these T tokens (slots, not tokens that picked a group).
         groups: D, the devices that the real experts lie on; divides n_routed.
+        tokens: T that both means are over, where that is not the number of rows of p (others hold the rest of the batch, and `counts` is
+            the mean over the holders).
 
     Returns:
         the loss, and the gradient f_group(i) of L by each mean probability, [N + Z].
 
     Source: LongCat-Flash (arXiv 2509.01322), device-level load balance loss.
     """
-    tokens, zeros = max(len(p), 1), len(counts) - n_routed  # a batch of nothing but padding: 0
+    tokens, zeros = max(len(p) if tokens is None else tokens, 1), len(counts) - n_routed  # a batch of nothing but padding: 0
     real = groups / (expected_real_experts * tokens) * counts[:n_routed].view(groups, -1).sum(1)
     shares = [real.repeat_interleave(n_routed // groups)]
     if zeros:

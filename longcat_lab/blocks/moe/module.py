@@ -18,6 +18,7 @@ class MoE(Block):
     """Router, real experts, zero-computation experts, and shared experts where there are any. [B, T, H] to [B, T, H]."""
 
     stacks: ClassVar[dict[str, int]] = {"gate_up_proj": 2}
+    compute = staticmethod(experts)  # where others hold a part of the experts, a function that asks them
 
     def __init__(self, config: MoEConfig, shape: ModelShape) -> None:
         super().__init__()
@@ -34,6 +35,7 @@ class MoE(Block):
         # The grouped product is not on autocast's list, so what autocast does for other products is done here.
         kind = x.device.type
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else u.dtype
-        out = experts(u.to(narrow), slots, weights, self.gate_up_proj.to(narrow), self.down_proj.to(narrow), self.config.zero_expert_type)
+        stacks = self.gate_up_proj.to(narrow), self.down_proj.to(narrow)
+        out = self.compute(u.to(narrow), slots, weights, *stacks, self.config.zero_expert_type)
         out = out.view_as(x).to(x.dtype)
         return out if self.shared_experts is None else out + self.shared_experts(x)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -61,17 +62,22 @@ class Router(Block):
                 real = slots if padding is None else slots[~padding]
                 counts = torch.bincount(real.flatten(), minlength=len(self.counts))[: len(self.counts)]
                 if c.balance_loss_alpha:
-                    weights = self._with_balance_loss(p, slots, counts, padding, 1.0 if context is None else context.share)
+                    weights = self._with_balance_loss(p, slots, counts, padding, context)
                 if not in_backward():  # a forward pass that recomputes activations was counted when it first ran
                     self.counts += counts
         return slots, weights
 
-    def _with_balance_loss(self, p: Tensor, slots: Tensor, counts: Tensor, padding: Tensor | None, share: float) -> Tensor:
+    def _with_balance_loss(
+        self, p: Tensor, slots: Tensor, counts: Tensor, padding: Tensor | None, context: ForwardContext | None
+    ) -> Tensor:
         """The weights again, such that backward through them also adds the balance loss; both gradients are noted for R_g."""
-        c = self.config
-        kept = p if padding is None else p[~padding]
+        c, share = self.config, 1.0 if context is None else context.share
+        kept, tokens = (p, None) if padding is None else (p[~padding], None)
+        if context is not None and context.part is not None:  # the load of whole rows, and this part's share in their probabilities
+            counts = context.part.summed(counts.double()) / context.part.ways
+            tokens = len(p) * (1.0 if context.real is None else context.real)
         kept = kept / kept.sum(-1, keepdim=True) if c.scoring_func == "sigmoid" else kept
-        loss, f = balance_loss(kept, counts, c.balance_groups, c.real_experts, c.moe_topk, c.n_routed_experts)
+        loss, f = balance_loss(kept, counts, c.balance_groups, c.real_experts, c.moe_topk, c.n_routed_experts, tokens)
         picked = p.view_as(p)  # the language model's gradient passes here, the balance loss's does not
         if not in_backward():
             self.gradients = self.gradients or [torch.zeros_like(f), torch.zeros_like(f)]
@@ -86,6 +92,11 @@ class Router(Block):
 
     def counters(self) -> list[Tensor]:
         return [self.counts]
+
+    def combine(self, summed: Callable[[Tensor], Tensor]) -> None:
+        super().combine(summed)
+        for gradient in self.gradients:
+            summed(gradient)
 
     @torch.no_grad()
     def after_step(self) -> None:

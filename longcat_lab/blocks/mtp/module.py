@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longcat_lab.blocks.context import ForwardContext
+from longcat_lab.blocks.context import ForwardContext, taken
 from longcat_lab.blocks.interface import Block, ModelShape
 from longcat_lab.blocks.table import Table
 
@@ -67,7 +67,8 @@ class MTP(Block):
         """All steps over a whole sequence, each position with the true tokens ahead of it (teacher forcing).
 
         Args:
-            hidden: [B, T, H], h^0 of the trunk, normed where `hidden` says so; tokens: int64 [B, T]; trunk: the trunk's embedding.
+            hidden: [B, T, H], h^0 of the trunk, normed where `hidden` says so; tokens: int64 [B, T]; trunk: the trunk's embedding. Where
+                a part of the rows runs here hidden states are of that part, and tokens of the whole rows.
             context: makes the context of one step (positions and masks are the trunk's).
 
         Returns:
@@ -77,7 +78,8 @@ class MTP(Block):
         found, h = [], hidden.detach() if self.config.detach else hidden
         for step in range(1, self.config.num_nextn_predict_layers + 1):
             block, ahead = self.block(step), nn.functional.pad(tokens[:, step:], (0, min(step, tokens.shape[1])))
-            inputs = (h, self.embed(ahead, trunk), self._context(context(), tokens, step))
+            place = self._context(context(), tokens, step)
+            inputs = (h, self.embed(taken(ahead, place.part), trunk), place)
             recompute = self.config.recompute and torch.is_grad_enabled()
             h = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             found.append(block.norm(h))
@@ -96,6 +98,9 @@ def _without_the_end(context: ForwardContext, tokens: Tensor, step: int) -> Forw
     """`context` with the last `step` positions of each row as padding: what they read is no token, and no expert should work on it."""
     end = torch.zeros_like(tokens, dtype=torch.bool)
     end[:, max(0, tokens.shape[1] - step) :] = True
+    if context.part is not None:
+        context.real = 1 - end.double().mean()
+    end = taken(end, context.part)
     context.padding = end if context.padding is None else context.padding | end
     return context
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from longcat_lab.blocks.context import ForwardContext
+from longcat_lab.blocks.context import ForwardContext, Part, taken
 from longcat_lab.blocks.interface import ModelShape
 from longcat_lab.blocks.ngram_embedding.op import fuse
 from longcat_lab.blocks.ngram_embedding.tables import HashedTables
@@ -47,14 +47,16 @@ class NgramEmbedding(TokenEmbedding):
         names += [f"layer_projections.{layer}.weight" for layer in self.layer_projections]
         return {**super().initial_std(), **dict.fromkeys(names, self.width**-0.5)}
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, history: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, document_ids: Tensor | None = None, history: Tensor | None = None, part: Part | None = None
+    ) -> Tensor:
         """`history`: int64 [B, h], tokens before these in the same document (decoding); the last order - 1 of them are read."""
-        token = super().forward(tokens)
+        token = super().forward(tokens, part=part)
         if self.projection is None:
             return token
-        read = self.tables.read(self.tables.addresses(tokens, document_ids, history))
+        read = self.tables.read(taken(self.tables.addresses(tokens, document_ids, history), part))
         if self.training:
-            self._seen = tokens.detach(), read.detach()
+            self._seen = taken(tokens, part).detach(), read.detach()
         out = fuse(token, read, self.projection.weight, *self.scales)
         return out if self.norm is None else self.norm(out)
 

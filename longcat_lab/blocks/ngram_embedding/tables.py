@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from longcat_lab.blocks.context import ForwardContext
+from longcat_lab.blocks.context import ForwardContext, taken
 from longcat_lab.blocks.ngram_embedding.hash_config import HashSettings
 from longcat_lab.blocks.ngram_embedding.hash_op import lone_tokens, ngram_rows, segments, shifted
 from longcat_lab.blocks.table import Table
@@ -47,7 +47,7 @@ class NgramAddresses(nn.Module):
         """The rows of the tokens of this pass, reckoned once where several blocks have the same hash."""
         known = context.shared.setdefault("ngram_rows", {})
         if self.plan not in known:
-            known[self.plan] = self(context.tokens, context.document_ids, context.history)
+            known[self.plan] = taken(self(context.tokens, context.document_ids, context.history), context.part)
         return known[self.plan]
 
 

@@ -23,6 +23,8 @@ class PerLayerEmbedding(TokenEmbedding):
     E_ple starts with a standard deviation of 1 / s_2: both terms of p_l then have RMS 1. GELU is the tanh form, as in the source.
     """
 
+    whole_rows = True
+
     def __init__(self, config: PLEConfig, shape: ModelShape, std: float) -> None:
         super().__init__(shape.vocab_size, shape.hidden_size, std)
         layers, width, hidden = shape.num_layers, config.per_layer_width, shape.hidden_size

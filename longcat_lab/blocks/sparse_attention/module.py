@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, cat
@@ -72,7 +73,7 @@ class SparseAttention(MLA):
         self.indexer = Indexer(config, shape) if config.owns_index(shape) else None
         # What the indexer sees of the query latent: LongCat's factor taken out again, or left in.
         self.index_q_scale = self.q_scale if config.index_query_latent == "normed" else 1.0
-        self.kept: tuple[Tensor, Tensor] | None = None  # pairs selected and pairs visible, in the last training pass
+        self.kept: tuple[Tensor, Tensor] | None = None  # pairs selected and pairs visible, in the training passes since the last step
         # Of the passes since the last step: their index KL, each weighed by its share of the batch, and the sum of these shares.
         self.taught: tuple[Tensor | float, float] = (0.0, 0.0)
         self.told: dict[str, float] = {}
@@ -80,7 +81,8 @@ class SparseAttention(MLA):
     def attend(
         self, x: Tensor, c_q: Tensor, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, context: ForwardContext
     ) -> Tensor:
-        sparse = self.stage == "sparse" and self.config.selection.selects and c_kv.shape[1] > self.config.index_topk
+        keys = context.length or c_kv.shape[1]
+        sparse = self.stage == "sparse" and self.config.selection.selects and keys > self.config.index_topk
         learns = self.learns(sparse)
         if not sparse:
             if not self.reuses(context) and (learns or context.cache is not None):
@@ -99,6 +101,17 @@ class SparseAttention(MLA):
         latent, mass = ops.sparse_attention(q, k, values, index.indices, self.softmax_scale, index.window)
         out = self.o_proj(self.raised(latent))
         return self.learn(out, self.sparse_divergence(index, mass, q, k, x, context), context) if learns else out
+
+    def attend_in_chunks(self, x: Tensor, c_q: Tensor, *rest: Any) -> Tensor:
+        """As dense MLA does it; the index keys of the whole row come too, once for all chunks."""
+        context: ForwardContext = rest[-1]
+        if self.indexer is not None and not self.reuses(context):
+            with torch.set_grad_enabled(self.learns(self.stage == "sparse")):
+                q, k, w = self.indexer(x.detach(), c_q.detach() / self.index_q_scale, context)
+                k = context.part.whole(k)
+            for here, chunk in context.chunks:
+                chunk.shared[f"vectors/{self.group}"] = q[:, here], k[:, : chunk.keys], w[:, here]
+        return super().attend_in_chunks(x, c_q, *rest)
 
     def reuses(self, context: ForwardContext) -> bool:
         return self.place > 0 or (context.step > 1 and self.config.dsa_mtp_cli)
@@ -136,7 +149,8 @@ class SparseAttention(MLA):
         return index
 
     def vectors(self, x: Tensor, c_q: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
-        return self.indexer(x.detach(), c_q.detach() / self.index_q_scale, context)
+        known = context.shared.get(f"vectors/{self.group}") if context.length else None
+        return self.indexer(x.detach(), c_q.detach() / self.index_q_scale, context) if known is None else known
 
     def select(self, x: Tensor, c_q: Tensor, q: Tensor, k: Tensor, context: ForwardContext, learns: bool) -> Index:
         """The group's index, made here. q [B, T, heads, d] and k [B, S, d] are this attention's own, absorbed."""
@@ -146,7 +160,8 @@ class SparseAttention(MLA):
             indices = self.indices(vectors, q.detach(), k.detach(), context)
         if self.training and not in_backward():
             seen = torch.arange(1, k.shape[1] + 1, device=q.device)[-q.shape[1] :] - (0 if context.first is None else context.first)
-            self.kept = (indices >= 0).sum(), seen.expand(q.shape[:2]).sum()
+            chosen, visible = self.kept or (0, 0)
+            self.kept = chosen + (indices >= 0).sum(), visible + seen.expand(q.shape[:2]).sum()
         scores = ops.selected_scores(*vectors, indices) if learns else None
         return Index(vectors, indices, scores, self.config.index_local_tokens)
 
@@ -172,7 +187,7 @@ class SparseAttention(MLA):
                 position,
                 self.group,
                 lambda b=begin, e=end: index_scores(vectors[0][:, b:e], vectors[1], vectors[2][:, b:e]),
-                lambda b=begin, e=end: attention_mass(q, k, context.first, self.softmax_scale, b, e),
+                lambda b=begin, e=end: attention_mass(self.all_heads(q), k, context.first, self.softmax_scale, b, e),
             )
             parts.append(select(choose(rule, at), seen, *fixed))
         return cat(parts, 1)
@@ -183,16 +198,25 @@ class SparseAttention(MLA):
         """Weight of each query in the mean KL, [B, T]: padding does not count."""
         real = torch.ones(x.shape[:2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         real = real if context.padding is None else real.masked_fill(context.padding, 0.0)
-        return real / real.sum().clamp(min=1)
+        return real / (real.sum() if context.real is None else real.numel() * context.real).clamp(min=1)
 
     def dense_divergence(self, q: Tensor, k: Tensor, x: Tensor, context: ForwardContext) -> Tensor:
         index, weights = self.shared(context).vectors, self.counted(x, context)
-        return dense_divergence(index, q, k, context.first, self.softmax_scale, weights, self.config.distill.temperature)
+        return dense_divergence(index, self.all_heads(q), k, context.first, self.softmax_scale, weights, self.config.distill.temperature)
+
+    def over_heads(self, mass: Tensor) -> Tensor:
+        """`mass`, a mean over the heads that are here, over all heads; replaced where others have the rest."""
+        return mass
+
+    def all_heads(self, q: Tensor) -> Tensor:
+        """q [B, T, heads here, d] of all heads, for what looks at it without gradient; replaced where others have the rest."""
+        return q
 
     def sparse_divergence(self, index: Index, mass: Tensor, q: Tensor, k: Tensor, x: Tensor, context: ForwardContext) -> Tensor:
         c, scores = self.config, index.scores
         if c.distill.teacher == "restricted":
             mass = restricted_mass(q.detach(), k.detach(), context.first, self.softmax_scale, index.indices)
+        mass = self.over_heads(mass)
         if c.distill.support == "dynamic":
             fixed = (c.index_init_tokens, c.index_local_tokens)
             mass, scores = over_dynamic(mass, scores, index.indices, context.first, *fixed, k.shape[1])
@@ -206,6 +230,14 @@ class SparseAttention(MLA):
         return add_loss(out, loss, self.teaching_weight(context) * context.share)
 
     # --- what it tells ------------------------------------------------------------------------------------------------------------
+
+    def combine(self, summed: Callable[[Tensor], Tensor]) -> None:
+        if self.taught[1]:
+            total, shares = self.taught
+            both = summed(torch.stack((total.double(), total.new_tensor(shares, dtype=torch.float64))))
+            self.taught = both[0], float(both[1])
+        if self.kept is not None:
+            self.kept = tuple(summed(torch.stack(self.kept)))
 
     def after_step(self) -> None:
         self.told = {}
@@ -221,6 +253,7 @@ class SparseAttention(MLA):
         if self.kept is not None:
             chosen, visible = self.kept
             self.told["selected_share"] = float(chosen) / float(visible)
+            self.kept = None
 
     def statistics(self) -> dict[str, float]:
         """index_kl: KL in nats of this attention's weights from the group's index; selected_share: selected of the visible pairs of

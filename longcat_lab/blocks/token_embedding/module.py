@@ -5,17 +5,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from longcat_lab.blocks.context import ForwardContext
+from longcat_lab.blocks.context import ForwardContext, Part, taken
 from longcat_lab.blocks.interface import Block
 from longcat_lab.errors import LabError
 
 
 class TokenEmbedding(Block):
-    """One row a token. tokens int64 [B, T] to [B, T, H]; document ids and history are taken and not needed.
+    """One row a token. tokens int64 [B, T] to [B, T, H] (of a part of the rows: [B, here, H]); document ids and history are not needed.
 
     n-gram kinds are token embeddings that read more; some of them also, or only, `enter` the residual stream at layers.
+
+    whole_rows: it needs all positions of a row in one place.
     """
 
+    whole_rows = False
     roles: ClassVar[dict[str, str]] = {"weight": "embedding"}
 
     def __init__(self, vocab_size: int, hidden_size: int, std: float) -> None:
@@ -26,7 +29,10 @@ class TokenEmbedding(Block):
     def initial_std(self) -> dict[str, float]:
         return {"weight": self.std}
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, history: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, document_ids: Tensor | None = None, history: Tensor | None = None, part: Part | None = None
+    ) -> Tensor:
+        tokens = taken(tokens, part)
         if tokens.device.type == "cpu":  # elsewhere it would wait for the device; LongcatLM.forward and the loader ask for those
             check_tokens(tokens, len(self.weight))
         return nn.functional.embedding(tokens, self.weight)
