@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -41,6 +42,10 @@ def pieces(parameter: nn.Parameter) -> int:
         mesh = parameter.device_mesh
         return math.prod(mesh.size(dim) for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
     return getattr(parameter, "pieces", 1)
+
+
+# It warns of two gathers where there could be one: whole copies are for evaluation alone.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def gather_model(model: LongcatLM, config: RunConfig, world: World) -> LongcatLM | None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 from torch.overrides import TorchFunctionMode
 
@@ -104,6 +103,8 @@ def shard(trainee: nn.Module, model: LongcatLM, world: World) -> None:
     `trainee` is what is called: it has `model` inside, and its forward pass is a whole step's. Gradients are sums: every process's loss
     is its part of the global batch's mean already.
     """
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # here: it takes seconds to load
+
     # Nothing writes into what blocks return, which the warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if world.tensor is not None and isinstance(model.lm_head, nn.Linear):
@@ -137,6 +138,12 @@ def shard(trainee: nn.Module, model: LongcatLM, world: World) -> None:
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def only_sum_last(trainee: nn.Module, last: bool) -> None:
+    """Gradients of all micro-batches of a step but the last one stay where they are."""
+    if hasattr(trainee, "set_requires_gradient_sync"):  # an FSDP2 module
+        trainee.set_requires_gradient_sync(last)
 
 
 def finish_gradients(model: LongcatLM, world: World) -> None:

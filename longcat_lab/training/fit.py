@@ -1,36 +1,18 @@
-"""The loop: from a configuration to a trained model in a folder, resumable at any checkpoint with the same bits."""
+"""`lab.fit`: one run in its folder, on the processes that there are."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longcat_lab.config import RunConfig
-from longcat_lab.data import Loader, prepare
-from longcat_lab.data.batch import window_count
-from longcat_lab.errors import LabError, is_out_of_memory
+from longcat_lab.errors import LabError
 from longcat_lab.files import read_json
-from longcat_lab.model import LongcatLM, build
-from longcat_lab.model.memory import check_memory
-from longcat_lab.parallel.placement import build_part
-from longcat_lab.parallel.world import World, start
-from longcat_lab.training import checkpoint, conversion, device, evaluation_arms, growth, mechanisms, out_of_memory, provenance, requests
-from longcat_lab.training.batches import Batches
-from longcat_lab.training.evaluation import entry_measures, evaluate, evaluate_all
-from longcat_lab.training.loss import plan_step
-from longcat_lab.training.optimizer import added_bytes, clip, make_optimizer, set_learning_rate, split, split_table
-from longcat_lab.training.record import PEAK, Record
+from longcat_lab.training import device
 from longcat_lab.training.run import Run
-from longcat_lab.training.schedule import learning_rate_factor
-from longcat_lab.training.sitting import alone_in, finish_the_step
-from longcat_lab.training.steps import Steps
-from longcat_lab.training.trackers import FileTracker, WandbTracker
+from longcat_lab.training.sitting import alone_in
 
 
 def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = True, stop: Callable[[], bool] | None = None) -> Run:
@@ -49,6 +31,10 @@ def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = T
             more, memory or disk is full.
         KeyboardInterrupt: as ever, but at the end of the step and after a checkpoint; a second one raises at once.
     """
+    from longcat_lab.parallel.world import World, start  # here: what many processes need takes seconds to load
+    from longcat_lab.training import provenance
+    from longcat_lab.training.session import begin
+
     place = device.choose(config.training.device)
     start(config, place)
     world = World(config, place)
@@ -59,250 +45,19 @@ def fit(config: RunConfig, path: str | Path | None = None, *, progress: bool = T
         before = world.first_of_all(lambda: _take(folder, identity, held))
         if before.get("status") != "finished":
             with device.deterministic(config.training.threads):
-                _session(config, world, folder, identity, before, progress and world.first, stop).run()
+                begin(config, world, folder, identity, before, progress and world.first, stop).run()
     return Run(folder)
 
 
 def _take(folder: Path, identity: str, held: contextlib.ExitStack) -> dict[str, Any]:
     """Takes the folder's lock; what its run.json says."""
+    from longcat_lab.training.checkpoint import remove_leftovers
+
     held.enter_context(alone_in(folder))
     before = read_json(folder / "run.json")
     before = before if isinstance(before, dict) else {}
     if before.get("identity", identity) != identity:
         raise LabError(f"{folder} holds another run ({before['identity']}, this one is {identity}): give another folder or delete it.")
     if before.get("status") != "finished":
-        checkpoint.remove_leftovers(folder)
+        remove_leftovers(folder)
     return before
-
-
-def _session(config: RunConfig, *rest: Any) -> _Session:
-    try:
-        return _Session(config, *rest)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        place = device.choose(config.training.device)
-        out_of_memory.let_go(error, place)
-        raise out_of_memory.sentence(config, place, None) from None
-
-
-class _Session:
-    """One sitting of a run: set-up, loop, end. What must survive it is in the run's folder."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        folder: Path,
-        identity: str,
-        before: dict[str, Any],
-        progress: bool,
-        stop: Callable[[], bool] | None,
-    ) -> None:
-        self.config, self.world, self.folder, self.progress, self.stop = config, world, folder, progress, stop
-        self.identity = identity
-        self.corpus = prepare(config.data, config.model.vocab_size)
-        for held in self.corpus.splits:  # now, and not when training is over
-            window_count(self.corpus.split(held), config.data.sequence_length)
-        self.device = world.device
-        if config.training.growth:
-            growth.check(config)
-        conversion.check(config)
-        evaluation_arms.check(config)
-        if world.size == 1:
-            with torch.device("meta"):
-                whole = build(config)
-            check_memory(whole, device.free_bytes(self.device), "train", added_bytes(whole, config.training.optimizer))
-        self.record = Record(folder, config, identity, before, self.corpus.hash, self.device, world)
-        device.start_peak(self.device)
-        torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
-        self._assemble(checkpoint.latest_step(folder))
-        self.batches = Batches(config, self.corpus, world.batch_place, world.layout.batch_ways)
-        # Since the last logged row: summed losses, steps, seconds.
-        self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
-        self.seconds, self.step, self.initial = 0.0, 0, {}
-        self.stage = ""
-        self._resume()
-        self.sinks: list[FileTracker | WandbTracker] = [FileTracker(folder, self.step)] if world.first else []
-        self.record.begin(split_table(split(self.model, config.training.optimizer, config.model.width_scale), config.training.optimizer))
-        if config.tracking.wandb != "off" and world.first:
-            self.sinks.append(WandbTracker(config.tracking, folder))
-
-    def _assemble(self, step: int) -> None:
-        """Model and optimizer as they are when `step` steps are done: shallow until the step at which the layers are stacked."""
-        config, growing = self.config, self.config.training.growth
-        self.shallow = growing is not None and step <= growing.at_step
-        at_first = growth.shallow(config) if self.shallow else config
-        self.model = (build(at_first).to(self.device) if self.world.size == 1 else build_part(at_first, self.world)).train()
-        self.model.recompute = config.training.recompute
-        self.steps = Steps(self.model, config, self.world)
-        self.optimizer = make_optimizer(self.model, config.training.optimizer, config.model.width_scale)
-        conversion.enter(self.model, conversion.stage_at(config, step))
-        self._matrix_rate = next(group["peak"] for group in self.optimizer.param_groups if group["role"] == "matrix")
-
-    def _grow(self) -> None:
-        small, before, at = self.model, self.optimizer, self.config.training.growth.at_step
-        self._assemble(at + 1)
-        self.stage = ""  # the new model enters its stage at its first step
-        growth.stack(small, self.model)
-        if self.config.training.growth.moments == "stacked":
-            growth.stack_moments(small, before, self.model, self.optimizer)
-
-    def _resume(self) -> None:
-        state = checkpoint.load_latest(self.folder, self.identity, self.model, self.optimizer)
-        if state is None:
-            with self.steps.whole() as model:
-                if self.world.first:
-                    batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
-                    self.initial = {f"{key}_initial": value for key, value in entry_measures(model, batch).items()}
-            return
-        self.step, self.seconds, self.window, self.initial = (state[key] for key in ("step", "seconds", "window", "initial"))
-        self.batches.load_state_dict(state["loader"])
-        self.record.peak_before = max(self.record.peak_before, state.get(PEAK, 0))  # of a sitting that could not write run.json
-
-    def run(self) -> None:
-        """Trains to the end, or records why not."""
-        try:
-            with finish_the_step() as asked:
-                self.asked = asked
-                stopped = self._train()
-            if not stopped:
-                with self.steps.whole() as model:
-                    if self.world.first:
-                        self._finish(model)
-            self._close("interrupted" if stopped else "finished", "stopped as asked" if stopped else None)
-        except KeyboardInterrupt:  # the second one: this step is lost, the last checkpoint is not
-            self._close("interrupted", "stopped by the keyboard")
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                self.model = self.optimizer = None  # a notebook keeps this object for as long as it keeps the traceback
-                out_of_memory.let_go(error, self.device)
-                told = out_of_memory.sentence(self.config, self.device, self.step)
-                self._close("failed", str(told))
-                raise told from None
-            self._close("failed", f"{type(error).__name__}: {error}" if not isinstance(error, LabError) else str(error))
-            raise
-        if not stopped and self.world.first:
-            checkpoint.remove_all(self.folder)
-        elif self.asked.is_set():
-            raise KeyboardInterrupt
-
-    def _train(self) -> bool:
-        """Steps until the last one; True if it was stopped before."""
-        from tqdm.auto import tqdm
-
-        training, shown, asked_here = self.config.training, 0.0, requests.asked_in(self.folder)
-        tokens = self.config.data.batch_size * self.config.data.sequence_length
-        with tqdm(total=training.steps, initial=self.step, disable=not self.progress, unit="step", mininterval=0.5) as bar:
-            while self.step < training.steps:
-                if self.shallow and self.step == training.growth.at_step:
-                    self._grow()
-                started = time.perf_counter()
-                told, norm = self._one_step()
-                loss = told["loss"]
-                self.step += 1
-                spent = time.perf_counter() - started
-                self.seconds += spent
-                for key, value in told.items():
-                    self.window["sums"][key] = self.window["sums"].get(key, 0.0) + value
-                self.window["steps"] += 1
-                self.window["seconds"] += spent
-                if not math.isfinite(loss):
-                    raise LabError(f"The loss is {loss} at step {self.step}: lower training.optimizer.learning_rate or raise warmup_steps.")
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if self.step % training.log_every == 0 or self.step == training.steps or self._validates():
-                    self._log(norm, tokens)
-                if time.monotonic() - shown > 1 or self.step == training.steps:
-                    shown = time.monotonic()
-                    self.record.tell(self.step, loss, self.seconds)
-                if self.step % training.checkpoint_every == 0 and self.step < training.steps:
-                    self._checkpoint()
-                if self.step < training.steps and self.world.any(
-                    self.asked.is_set() or asked_here() or (self.stop is not None and self.stop())
-                ):
-                    self._checkpoint()
-                    return True
-        return False
-
-    def _learning_rate_factor(self, step: int) -> float:
-        return learning_rate_factor(*conversion.schedule_clock(self.config, step), self.config.training.schedule)
-
-    def _one_step(self) -> tuple[dict[str, float], float]:
-        """One optimizer step on a global batch: its losses (`loss`: nats a label) and its gradient norm before clipping."""
-        training, stage = self.config.training, conversion.stage_at(self.config, self.step)
-        batch = self.batches.next(self.step, stage)
-        if stage == "warmup" or stage != self.stage:  # evaluation puts all of the model into training again
-            conversion.enter(self.model, stage)
-            self.stage = stage
-        set_learning_rate(self.optimizer, self._learning_rate_factor(self.step))
-        if stage == "warmup":
-            for group in (each for each in self.optimizer.param_groups if each["role"] == "indexer"):
-                group["lr"] = training.conversion.warmup_learning_rate
-        told = self.steps.gradients(batch, plan_step(batch, self.config, self.step, self.world))
-        norm = clip(self.optimizer, training.optimizer.clip_norm, self.steps.norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        mechanisms.after_step(self.model, self.steps.summed)
-        return told, norm
-
-    def _validates(self) -> bool:
-        every = self.config.training.evaluate_every
-        return every is not None and self.step % every == 0
-
-    def _log(self, norm: float, tokens: int) -> None:
-        window = self.window
-        sums = {key: value / window["steps"] for key, value in window["sums"].items()}
-        row = {
-            "step": self.step,
-            "tokens": self.step * tokens,
-            "loss": sums.pop("loss"),
-            "learning_rate": self._matrix_rate * self._learning_rate_factor(self.step - 1),
-            "gradient_norm": norm,
-            "tokens_per_second": window["steps"] * tokens / window["seconds"],
-            "seconds": self.seconds,
-            **sums,
-            **self.steps.statistics(),
-        }
-        if self._validates():
-            with self.steps.whole() as model:
-                row["validation_bpb"] = evaluate(model, self.corpus, self.config, "validation") if self.world.first else None
-        self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
-        for sink in self.sinks:
-            sink.log(row)
-
-    def _checkpoint(self) -> None:
-        state = {"seconds": self.seconds, "window": self.window, "initial": self.initial, "loader": self.batches.state_dict()}
-        state[PEAK] = self.record.peak()
-        checkpoint.save(self.folder, self.identity, self.step, self.model, self.optimizer, state)
-        self.sinks[0].save() if self.sinks else None
-
-    def _finish(self, model: LongcatLM) -> None:
-        self.record.content["final"] = self._final(model)
-        checkpoint.save_weights(model, self.folder / checkpoint.WEIGHTS) if self.config.training.keep_model else None
-
-    def _final(self, model: LongcatLM) -> dict[str, float]:
-        started, rows = time.perf_counter(), self.sinks[0].rows
-        found = evaluate_all(model, self.corpus, self.config)
-        found.update(evaluation_arms.evaluate_arms(model, self.corpus, self.config))
-        batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
-        self.record.content["timings"]["evaluation_seconds"] = time.perf_counter() - started
-        means = mechanisms.late_means(rows)
-        self.record.content["not_engaged"] = mechanisms.not_engaged(model, means)
-        return {
-            **found,
-            "train_loss": rows[-1]["loss"],
-            "tokens": rows[-1]["tokens"],
-            "epochs": self.batches.epoch,
-            **self.initial,
-            **{f"{key}_final": value for key, value in entry_measures(model, batch).items()},
-            **mechanisms.over_blocks(means),
-        }
-
-    def _close(self, status: str, reason: str | None) -> None:
-        with contextlib.suppress(Exception) if status == "failed" else contextlib.nullcontext():  # told is what came first
-            self.sinks[0].finish() if self.sinks else None
-        self.record.close(status, reason, self.step, self.seconds)
-        for tracker in self.sinks[1:]:  # which read what the record says
-            tracker.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from longcat_lab.blocks.context import taken
 from longcat_lab.blocks.loss_op import Scored, cross_entropies, hidden_z_loss
 from longcat_lab.blocks.mtp.module import step_labels
 from longcat_lab.config import RunConfig
-from longcat_lab.data import IGNORED, Batch
+from longcat_lab.data import IGNORED, Batch, label_bytes
 from longcat_lab.model import LongcatLM
 from longcat_lab.parallel.world import World
 from longcat_lab.training import device
@@ -23,10 +24,12 @@ class StepPlan:
 
     labels: scored labels in the whole batch for the next token, and for each prediction step.
     mtp_weight: lambda at this step; 0 leaves the prediction steps out.
+    text: bytes of text that the labels of the next token stand for.
     """
 
     labels: list[int]
     mtp_weight: float
+    text: int = 0
 
     def told(self, config: RunConfig) -> list[str]:
         """Names of what `step_loss` tells."""
@@ -34,16 +37,21 @@ class StepPlan:
         return ["loss", *steps, *(["trunk/z_loss", "trunk/hidden_max", "trunk/hidden_norm"] if config.training.z_loss_weight else [])]
 
 
-def plan_step(batch: Batch, config: RunConfig, step: int, world: World | None = None) -> StepPlan:
-    """The plan of optimizer step `step` (0 ... steps - 1); `batch` is the global batch, or this process's sequences of it."""
+def plan_step(batch: Batch, config: RunConfig, step: int, token_bytes: np.ndarray | None = None, world: World | None = None) -> StepPlan:
+    """The plan of optimizer step `step` (0 ... steps - 1); `batch` is the global batch, or this process's sequences of it.
+
+    token_bytes: int64 [vocab_size], for `text`.
+    """
     mtp = config.model.mtp
     weight = mtp.weight_at(step / config.training.steps) if mtp else 0.0
     ahead = range(1, mtp.num_nextn_predict_layers + 1) if weight else ()
     labels = [batch.labels, *(step_labels(batch.labels, batch.document_ids, k) for k in ahead)]
-    counts = torch.stack([(each != IGNORED).sum() for each in labels])
+    text = 0 if token_bytes is None else label_bytes(batch.labels, token_bytes)
+    counts = torch.stack([(each != IGNORED).sum() for each in labels] + [torch.tensor(text)])
     if world is not None and world.batch is not None:  # whole rows are counted by every one of those that share them
         counts = world.sum(counts.to(world.device), world.batch) // world.layout.context
-    return StepPlan(counts.tolist(), weight)
+    *scored, text = counts.tolist()
+    return StepPlan(scored, weight, text)
 
 
 def step_loss(

@@ -7,6 +7,7 @@ what that means. `split` writes the outcome down parameter by parameter, and `ma
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from longcat_lab.blocks import Block
 from longcat_lab.config import OptimizerConfig
@@ -21,6 +23,7 @@ from longcat_lab.errors import LabError
 from longcat_lab.node import nearest
 from longcat_lab.parallel.locally import local, placed
 from longcat_lab.training.muon import StackedMuon
+from longcat_lab.training.sharded_muon import ShardedMuon
 from longcat_lab.training.table_optimizer import TableOptimizer, merge, table_betas, told
 
 # Roles whose weights multiply activations: they decay, and their learning rate follows the width of the model.
@@ -184,13 +187,17 @@ def _shape(row: Assignment) -> str:
     return f"[{', '.join(sizes)}]"
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, width_scale: float = 1.0) -> torch.optim.Optimizer | Optimizers:
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, width_scale: float = 1.0, stage: ProcessGroup | None = None
+) -> torch.optim.Optimizer | Optimizers:
     """What `split` says, as one AdamW or as Optimizers; `group["peak"]` is a group's peak learning rate, `group["role"]` its role.
 
     Where AdamW trains all, head and router stand in the group of the matrices: they are trained alike, and the order in which
     `clip` sums (hence the last bit of the norm) is that of the groups. `group["clipped"]`: whether `clip` minds it.
 
     Blocks that declare a table are told whether its gradient is to be sparse.
+
+    stage: the processes that hold parts of the model's matrices, if there are several.
     """
     for module in model.modules():
         if isinstance(module, Block) and "table" in module.roles.values():
@@ -210,16 +217,19 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, width_scale: float
             group["betas"] = table_betas(config)
         if part == "stacked_muon":
             group["stack"] = stack
-    made = {part: _make(part, list(groups.values()), config) for part, groups in parts.items()}
+    if stage is not None and "muon" in parts:  # one exchange for all
+        parts["stacked_muon"] = {**parts.pop("muon"), **{(*key, "stacked"): group for key, group in parts.get("stacked_muon", {}).items()}}
+    made = {part: _make(part, list(groups.values()), config, stage) for part, groups in parts.items()}
     return next(iter(made.values())) if len(made) == 1 else Optimizers(made)
 
 
-def _make(part: str, groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _make(part: str, groups: list[dict[str, Any]], config: OptimizerConfig, stage: ProcessGroup | None) -> torch.optim.Optimizer:
     if part == "adamw":
         return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     if part == config.table_optimizer:
         return TableOptimizer(groups, part, eps=config.eps, momentum=config.table_momentum)
-    return {"muon": torch.optim.Muon, "stacked_muon": StackedMuon}[part](
+    kind = {"muon": torch.optim.Muon, "stacked_muon": StackedMuon}[part]
+    return (kind if stage is None else functools.partial(ShardedMuon, group=stage))(
         groups,
         momentum=config.momentum,
         nesterov=config.nesterov,

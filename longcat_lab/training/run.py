@@ -12,7 +12,7 @@ from longcat_lab.data import Corpus, prepare
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json
 from longcat_lab.model import LongcatLM, build, generate
-from longcat_lab.training.checkpoint import WEIGHTS, load_weights
+from longcat_lab.training.weights import WEIGHTS, load_weights
 
 if TYPE_CHECKING:
     import pandas

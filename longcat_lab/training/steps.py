@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from longcat_lab.blocks import Block
 from longcat_lab.config import RunConfig
@@ -18,7 +17,6 @@ from longcat_lab.model import LongcatLM
 from longcat_lab.parallel import placement
 from longcat_lab.parallel.gather import gather_model, total_norm
 from longcat_lab.parallel.locally import whole_weights
-from longcat_lab.parallel.pipeline import Pipeline
 from longcat_lab.parallel.stages import tied
 from longcat_lab.parallel.world import World
 from longcat_lab.training import device, mechanisms
@@ -59,6 +57,8 @@ class Steps:
         if world.size > 1:
             placement.shard(self.trainee, model, world)
         if world.pipeline is not None:
+            from longcat_lab.parallel.pipeline import Pipeline
+
             self.pipeline = Pipeline(self.trainee, config, world)
 
     def gradients(self, batch: Batch, plan: StepPlan) -> dict[str, float]:
@@ -74,8 +74,8 @@ class Steps:
         else:
             for start in range(0, sequences, size):
                 part = [t[start : start + size].to(world.device) for t in (batch.tokens, batch.labels, batch.document_ids)]
-                if isinstance(self.trainee, FSDPModule):
-                    self.trainee.set_requires_gradient_sync(start + size >= sequences)
+                if self.world.size > 1:
+                    placement.only_sum_last(self.trainee, start + size >= sequences)
                 self.trainee(part[0], *part).backward()
         if world.size > 1:
             placement.finish_gradients(self.model, world)

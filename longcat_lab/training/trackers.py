@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib.util
 import json
+import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -13,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from longcat_lab.config import TrackingConfig
-from longcat_lab.files import read_json, sentence_of, write_whole
+from longcat_lab.errors import LabError
+from longcat_lab.files import read_json, sentence_of, write_json, write_whole
 
-PATIENCE = 10.0  # seconds that a run, which is over by then, waits for its tracker
+PATIENCE = 10.0  # seconds that a process or a job, whose run is over by then, waits before it ends
 LIMIT = 120.0  # seconds that the tracker's process has altogether when the run is over
 STATE = "wandb/state.json"
+OFF = "wandb is off for this run ({})"
+KEPT = "the run's folder has every metric."
 
 
 class FileTracker:
@@ -49,19 +56,21 @@ class FileTracker:
 class WandbTracker:
     """Weights and Biases as a sink, fed by a process beside the run that reads the run's folder; see `wandb_process`.
 
-    Nothing waits for it but `finish`, some seconds. Whatever goes wrong there is said once, and the run goes on without it.
+    No run waits for it, neither for a step nor at its end. What goes wrong is said once, stands in FOLDER/wandb/state.json, and the run
+    goes on without it.
     """
 
     def __init__(self, tracking: TrackingConfig, folder: Path) -> None:
-        self.folder, self.process = folder, None
+        self.folder, self.mode, self.process = folder.resolve(), tracking.wandb, None
+        self.sitting, self.begun = secrets.token_hex(4), False
         try:
             if importlib.util.find_spec("wandb") is None:
                 raise ModuleNotFoundError("it is not installed: pip install wandb")
-            (folder / "wandb").mkdir(exist_ok=True)
+            self._begin()
             # -P: the modules beside the script must not pass for installed ones.
-            script, place = Path(__file__).with_name("wandb_process.py"), folder.resolve()
-            command = [sys.executable, "-P", str(script), str(place), tracking.wandb, tracking.wandb_project, str(LIMIT)]
-            with open(folder / "wandb" / "process.log", "wb") as said:
+            script = Path(__file__).with_name("wandb_process.py")
+            command = [sys.executable, "-P", str(script), str(self.folder), self.mode, tracking.wandb_project, str(LIMIT), self.sitting]
+            with open(self.folder / "wandb" / "process.log", "wb") as said:
                 self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True)
         except Exception as error:  # a sink's failure is never the run's
             self._off(f"{type(error).__name__}: {error}")
@@ -72,43 +81,99 @@ class WandbTracker:
             self._off(self._reason())
 
     def finish(self) -> None:
-        """The sitting is over and its record is written. In the job of a sweep the process goes on to the end of the notebook."""
-        if self.process is None:
+        """The sitting is over and its record is written: the process has what it needs, and goes on by itself for LIMIT seconds at most."""
+        process, self.process = self.process, None
+        if process is None:
             return
-        process, in_job = self.process, "job" in (read_json(self.folder / "run.json") or {})
         try:
             process.stdin.close()
-            if in_job or process.wait(PATIENCE) == 0:
-                self.process = None
-            else:
-                self._off(self._reason())
-        except subprocess.TimeoutExpired:
-            self._warn(
-                f"wandb has not taken all of this run {PATIENCE:g} s after its end and gets {LIMIT:g} s more, see {self.folder / STATE}"
-            )
+            if process.poll() is not None:
+                return self._off(self._reason())
+            waits = _state(self.folder).get("state") == "starting" and self.mode != "offline"
+            threading.Thread(target=self._outlive, args=(process, waits), daemon=True).start()
+            if waits:
+                place = self.folder / STATE
+                self._warn(f"wandb has not answered yet; it gets {LIMIT:g} s more beside this run, and {place} says what came of it")
+            if "job" not in (read_json(self.folder / "run.json") or {}):  # a job waits itself, when its notebook is written too
+                atexit.register(settle, self.folder, PATIENCE)
         except Exception as error:
             self._off(f"{type(error).__name__}: {error}")
-        threading.Thread(target=process.wait, daemon=True).start()  # somebody must take its exit status
+
+    def _outlive(self, process: subprocess.Popen[bytes], told: bool) -> None:
+        """Takes the exit status of a process that goes on when the run is over, and says if it failed."""
+        if process.wait() != 0:
+            self._off(self._reason(), told)
 
     def _reason(self) -> str:
-        return (read_json(self.folder / STATE) or {}).get("reason") or f"its process ended, see {self.folder / 'wandb/process.log'}"
+        return _state(self.folder).get("reason") or f"its process ended, see {self.folder / 'wandb/process.log'}"
 
-    def _off(self, reason: str) -> None:
+    def _off(self, reason: str, told: bool = False) -> None:
         self.process = None
-        self._warn(f"wandb is off for this run ({reason})")
+        with contextlib.suppress(LabError, OSError):  # a folder that takes no file has other ways to tell
+            self._say_off(reason)
+        if not told:
+            self._warn(OFF.format(reason))
+
+    def _begin(self) -> None:
+        """The state is that of this sitting now; a process that still ends the one before leaves it alone."""
+        name = _state(self.folder).get("id") or f"{read_json(self.folder / 'run.json')['identity']}-{secrets.token_hex(3)}"
+        said = {"id": name, "sitting": self.sitting, "pid": os.getpid(), "mode": self.mode, "state": "starting", "reason": None}
+        write_json(self.folder / STATE, said)
+        self.begun = True
+
+    def _say_off(self, reason: str) -> None:
+        found = _state(self.folder)
+        if not self.begun or found.get("sitting") == self.sitting:  # else a later sitting has a tracker of its own
+            write_json(self.folder / STATE, {**found, "sitting": self.sitting, "mode": self.mode, "state": "off", "reason": reason})
 
     def _warn(self, what: str) -> None:
-        warnings.warn(f"{what}; the run's folder has every metric.", stacklevel=4)
+        warnings.warn(f"{what}; {KEPT}", stacklevel=4)
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / STATE)
+    return found if isinstance(found, dict) else {}
+
+
+def _at_work(state: dict[str, Any]) -> bool:
+    """Whether somebody still logs the run that this state is of."""
+    import psutil
+
+    try:
+        return state.get("state") in ("starting", "logging") and psutil.Process(state["pid"]).status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
+        return False
+
+
+def trouble(folder: Path, record: Any) -> str:
+    """One sentence if the run in `folder` was to be tracked and is not, or nobody can say yet; empty where all is well.
+
+    Args:
+        record: its run.json.
+    """
+    wanted = record
+    for name in ("config", "tracking", "wandb"):
+        wanted = wanted.get(name) if isinstance(wanted, dict) else None
+    state = _state(folder)
+    if wanted in (None, "off") or state.get("state") in (None, "finished"):
+        return ""
+    if state["state"] == "off":
+        return f"{OFF.format(state.get('reason'))}; {KEPT}"
+    if not _at_work(state):
+        return f"{OFF.format('its process ended')}; {KEPT}"
+    waits = state["state"] == "starting" and state.get("mode") != "offline" and record.get("status") != "running"
+    return f"wandb has not answered yet, {STATE} says what came of it; {KEPT}" if waits else ""
 
 
 def settle(folder: Path, patience: float = PATIENCE) -> None:
-    """Waits until a job's notebook is logged where it is tracked, at most `patience` seconds: a batch system ends what a job leaves."""
-    import psutil
+    """Waits until a run is logged where it is tracked, at most `patience` seconds: a batch system ends what a job leaves.
 
+    Only for a folder on this machine or a server that has answered: one that has not gets its time beside what comes next.
+    """
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        state = read_json(folder / STATE) or {}
-        if state.get("state") not in ("starting", "logging") or not psutil.pid_exists(state.get("pid", 0)):
+        state = _state(folder)
+        if not _at_work(state) or (state["state"] == "starting" and state.get("mode") != "offline"):
             return
         time.sleep(0.1)
 

@@ -1,4 +1,5 @@
-"""One run's folder mirrored into Weights and Biases: `python -P wandb_process.py FOLDER MODE PROJECT SECONDS`, a process of its own.
+"""One run's folder mirrored into Weights and Biases: `python -P wandb_process.py FOLDER MODE PROJECT SECONDS SITTING`, a process of its
+own.
 
 The run's process never calls the client, so nothing there can stop or slow it. This one reads what the run writes anyway (run.json,
 metrics.jsonl, the executed notebook) and starts without torch: only the standard library and the client are imported here. Its
@@ -9,7 +10,6 @@ hangs. How it went stands in FOLDER/wandb/state.json.
 import fcntl
 import json
 import os
-import secrets
 import shutil
 import sys
 import threading
@@ -28,13 +28,19 @@ def read(path):
 
 
 class State:
-    """FOLDER/wandb/state.json: the run's id there, kept over all sittings, and how far this process is."""
+    """FOLDER/wandb/state.json: the run's id there, kept over all sittings, and how far this process is; left alone once a later sitting
+    has begun."""
 
-    def __init__(self, folder, identity):
-        self.path = folder / "wandb" / "state.json"
-        self.content = {"id": read(self.path).get("id") or f"{identity}-{secrets.token_hex(3)}", "pid": os.getpid()}
+    def __init__(self, folder, sitting):
+        self.path, self.sitting = folder / "wandb" / "state.json", sitting
+        self.content = read(self.path) | {"pid": os.getpid()}
+
+    def is_ours(self):
+        return read(self.path).get("sitting") == self.sitting
 
     def say(self, state, reason=None):
+        if not self.is_ours():
+            return
         self.content |= {"state": state, "reason": reason}
         part = self.path.with_suffix(f".{os.getpid()}.tmp")
         part.write_text(json.dumps(self.content), encoding="utf-8")
@@ -135,10 +141,17 @@ def main():
     folder, mode, project, limit = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
     os.nice(5)
     record = read(folder / "run.json")
-    state = State(folder, record["identity"])
+    state = State(folder, sys.argv[5])
     state.say("starting")
     watch = Watch(folder, record, state, limit)
     watch.start()
+    with open(folder / "wandb" / ".lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the sitting before may still be handed over, and the client's run is the same one
+        if state.is_ours():  # else a later sitting's process logs the rows of this one too
+            hand_over(folder, mode, project, record, state, watch)
+
+
+def hand_over(folder, mode, project, record, state, watch):
     try:
         import wandb
 

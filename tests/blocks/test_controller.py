@@ -240,7 +240,7 @@ for name, (settings, weight) in x.pop("cases").items():
     model[0].classifier.weight.data.copy_(weight)
     for step in range(6):
         model(x[step].chunk(2)[rank] if rank < 2 else x[step])
-        mechanisms.after_step(model)
+        mechanisms.after_step(model, dist.all_reduce)
     found[name] = (model[0].e_score_correction_bias, model[0].statistics()["real_experts_per_token"])
 torch.save(found, out)
 dist.destroy_process_group()

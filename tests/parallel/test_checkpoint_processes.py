@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -197,6 +198,31 @@ def test_from_one_process_to_four(tmp_path):
     Checkpoints(tmp_path, "run").save(1, everything(*run), {}, {"rank": torch.tensor(7)})
     for found, rank in dist_run(from_one, 4, str(tmp_path)):
         assert same(everything(*run), found) and rank == 7  # all take what there is
+
+
+def staged(folder, load):
+    """Two stages of a pipeline: each process has the names of its stage, and both have `tied`."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("pipeline", "shard"))
+    stage = mesh.get_local_rank("pipeline")
+    tensors = {name: torch.arange(35.0).view(7, 5) + number for number, name in ((stage, f"layer.{stage}"), (9, "tied"))}
+    sharded = {name: distribute_tensor(torch.zeros_like(t) if load else t, mesh["shard"], [Shard(0)]) for name, t in tensors.items()}
+    checkpoints = Checkpoints(folder, "run", asynchronous=True)
+    if load:
+        checkpoints.load(lambda _: sharded)
+    else:
+        checkpoints.save(1, sharded, {})
+        checkpoints.wait()
+    return all(torch.equal(sharded[name].full_tensor(), tensors[name]) for name in tensors)
+
+
+def test_stages_of_a_pipeline_have_names_of_their_own(tmp_path):
+    assert all(dist_run(staged, 4, str(tmp_path), False))
+    found = {name: torch.zeros(7, 5) for name in ("layer.0", "layer.1", "tied")}
+    Checkpoints(tmp_path, "run").load(lambda _: found)
+    assert all((found[name] - number == torch.arange(35.0).view(7, 5)).all() for number, name in zip((0, 1, 9), found, strict=True))
+    held = sum(tensor.numel() for path in tmp_path.rglob("*.safetensors") for tensor in load_file(path).values())
+    assert held == 3 * 35  # `tied` is there once
+    assert all(dist_run(staged, 2, str(tmp_path), True))
 
 
 def refusal(action):

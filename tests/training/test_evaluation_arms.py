@@ -12,9 +12,9 @@ from longcat_lab.errors import LabError
 from longcat_lab.files import read_json
 from longcat_lab.model import LongcatLM, build
 from longcat_lab.training import evaluate_all
-from longcat_lab.training.checkpoint import WEIGHTS, load_weights
 from longcat_lab.training.device import deterministic
 from longcat_lab.training.evaluation_arms import check, evaluate_arms, with_weights
+from longcat_lab.training.weights import WEIGHTS, load_weights
 
 ARMS = {
     "same": {},

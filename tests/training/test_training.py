@@ -18,9 +18,10 @@ from longcat_lab.config import ScheduleConfig, load
 from longcat_lab.data import prepare
 from longcat_lab.files import read_json
 from longcat_lab.model import build
-from longcat_lab.training import checkpoint, identity
+from longcat_lab.training import identity
 from longcat_lab.training.optimizer import clip, make_optimizer, roles
 from longcat_lab.training.schedule import learning_rate_factor
+from longcat_lab.training.weights import WEIGHTS
 
 NGRAM = "model.embedding.ngram.order=3"
 
@@ -193,14 +194,30 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_reason(tmp_path):
     assert record["status"] == "failed" and "learning_rate" in record["reason"]
 
 
-@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, "optimizer.pt", "state.json"])
-def test_a_cut_checkpoint_is_named_and_not_trained_on(tmp_path, name):
+def test_a_cut_checkpoint_is_named_and_not_trained_on(tmp_path):
     lab.fit(load("tiny"), tmp_path / "run", progress=False, stop=lambda: True)
-    path = next((tmp_path / "run").glob("checkpoint-*")) / name
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(lab.LabError, match=r"delete (it|their folder) to") as caught:
+    cut(next((tmp_path / "run").glob("checkpoint-*/*.safetensors")))
+    with pytest.raises(lab.LabError, match="checkpoint") as caught:
         lab.fit(load("tiny"), tmp_path / "run", progress=False)
-    assert "\n" not in str(caught.value) and not (tmp_path / "run" / checkpoint.WEIGHTS).exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "run" / WEIGHTS).exists()
+
+
+def test_the_checkpoint_before_a_cut_one_is_taken_and_ends_at_the_same_bits(tmp_path):
+    often = load("tiny", "training.checkpoint_every=3")
+    asked = iter([False] * 6 + [True])
+    lab.fit(often, tmp_path / "run", progress=False, stop=lambda: next(asked))
+    newest = sorted((tmp_path / "run").glob("checkpoint-*"))[-1]
+    assert newest.name == "checkpoint-00000007"
+    cut(next(newest.glob("*.safetensors")))
+    with pytest.warns(UserWarning, match="checkpoint-00000007"):
+        again = lab.fit(often, tmp_path / "run", progress=False)
+    whole = lab.fit(often, tmp_path / "whole", progress=False)
+    assert again.metrics["loss"].tolist() == whole.metrics["loss"].tolist()
+    assert (again.path / WEIGHTS).read_bytes() == (whole.path / WEIGHTS).read_bytes()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
