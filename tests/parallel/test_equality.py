@@ -56,9 +56,9 @@ LAYOUTS = {
     "expert": (2, ["expert=2"]),
     "pipeline": (2, ["pipeline=2"]),
     "embedding": (2, ["embedding=2"]),
-    "eight": (8, ["pipeline=2", "context=2", "tensor=2", "expert=2", "embedding=4"]),
 }
 PAIRS = {
+    "all on eight": (8, ["pipeline=2", "context=2", "tensor=2", "expert=2", "embedding=4"]),
     "data and tensor": (4, ["tensor=2"]),
     "data and context": (4, ["context=2"]),
     "data and pipeline": (4, ["pipeline=2"]),
@@ -127,7 +127,7 @@ def check(name, world, degrees, folder):
     assert found_gradients.keys() == gradients.keys()
     for key, gradient in gradients.items():
         torch.testing.assert_close(
-            found_gradients[key], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()), msg=lambda s, k=key: f"{k}: {s}"
+            found_gradients[key], gradient, rtol=1e-4, atol=3e-6 * float(gradient.abs().max()), msg=lambda s, k=key: f"{k}: {s}"
         )
     losses, others = torch.tensor(found["loss"]), torch.tensor(expected["loss"])
     assert len(losses) == 20
@@ -143,11 +143,11 @@ def check(name, world, degrees, folder):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_each_dimension_alone_and_all_on_eight_processes(name, folder):
+def test_each_dimension_alone(name, folder):
     check(name, *LAYOUTS[name], folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs_of_dimensions_and_all_six_at_two(name, folder):
+def test_pairs_of_dimensions_and_all_together(name, folder):
     check(name, *PAIRS[name], folder)
