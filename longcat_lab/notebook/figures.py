@@ -44,24 +44,34 @@ def band_curves(series: Sequence[Mapping[str, Any]], label: str, name: str = "")
             order, gid = arms.index(each["arm"]), f"lab-{name}-{index}" if name else None
             colour, marker = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
             if "seed" in each:
-                axes.plot(each["x"], each["y"], "--", color=colour, linewidth=0.9, gid=gid)
+                look = marker if len(each["x"]) < 2 else "--"
+                axes.plot(each["x"], each["y"], look, color=colour, linewidth=0.9, markersize=4, label=name_of(each), gid=gid)
                 continue
-            axes.plot(each["x"], each["y"], color=colour, label=each["arm"], marker=marker, markevery=0.2, markersize=4, gid=gid)
-            if each["n"] > 1:
+            alone = len(each["x"]) == 1  # no line and no band: a larger mark, and a stroke from the lowest to the highest
+            marks = {"marker": marker, "markevery": None if alone else 0.2, "markersize": 6 if alone else 4}
+            axes.plot(each["x"], each["y"], color=colour, label=each["arm"], gid=gid, **marks)
+            if each["n"] > 1 and alone:
+                axes.vlines(each["x"], each["low"], each["high"], color=colour, alpha=0.5, gid=f"{gid}-band" if gid else None)
+            elif each["n"] > 1:
                 band = axes.fill_between(each["x"], each["low"], each["high"], color=colour, alpha=0.18, linewidth=0)
                 band.set_gid(f"{gid}-band" if gid else None)
         axes.set_xlabel("training tokens")
         axes.set_ylabel(label)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M" if x >= 1e6 else f"{x / 1e3:g} k")
-        _name_legend(axes.legend(), [each["arm"] for each in series], name)
+        _name_legend(axes.legend(), [name_of(each) for each in series], name)
     return figure
 
 
-def _name_legend(legend: Legend, arms: Sequence[str], name: str) -> None:
-    """Ids for the words of a legend: the figure, and the first series that has their arm."""
+def name_of(series: Mapping[str, Any]) -> str:
+    """What a legend calls a curve: its arm, or one seed that ended badly."""
+    return f"{series['arm']}, seed {series['seed']} ({series['status']})" if "seed" in series else series["arm"]
+
+
+def _name_legend(legend: Legend, names: Sequence[str], name: str) -> None:
+    """Ids for the words of a legend: the figure, and the first series that has their name."""
     for text in legend.get_texts() if name else ():
-        if text.get_text() in arms:
-            text.set_gid(f"lab-{name}-legend-{arms.index(text.get_text())}")
+        if text.get_text() in names:
+            text.set_gid(f"lab-{name}-legend-{names.index(text.get_text())}")
 
 
 def differences(

@@ -22,6 +22,7 @@ SECONDS = 120  # that anything may take on a loaded machine
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 sys.path.insert(0, str(ROOT / "tests" / "ablation"))  # the small finished sweep that those tests are made of
+sys.path.insert(0, str(ROOT / "tests" / "browser"))  # pages of JupyterLab
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,7 @@ def chromium(program: str) -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def jupyter(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Address and folder of a JupyterLab that knows nothing of the settings and the kernels of this machine's owner."""
     home = tmp_path_factory.mktemp("jupyter").resolve()

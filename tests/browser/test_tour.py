@@ -1,4 +1,5 @@
-"""The tour in a real JupyterLab: a knob is turned, a model is trained, stopped, trained on, found again by a page that was reloaded."""
+"""The tour in a real JupyterLab: a knob is turned, a model is trained, stopped, trained on, found again by a page that was reloaded, and
+compared with a second one; a training that fails says why."""
 
 from __future__ import annotations
 
@@ -10,92 +11,30 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
+from jupyter_tab import ACTIVE, BLUE, FIRST, IN_THE_CELL, NOTEBOOK, ORANGE, Tab
 
 from longcat_lab.files import read_json
 from longcat_lab.training.requests import is_training
 
 pytestmark = pytest.mark.timeout(600)
 TOUR = Path(__file__).resolve().parents[2] / "notebooks" / "00_tour.ipynb"
-SECONDS = 120
 STEPS = 600  # long enough to be stopped in the middle
 SMOKE = (
     f'preset = "tiny"\nsteps = {STEPS}\noverrides = ["training.log_every=5", "training.checkpoint_every=1000000"]\nrun_folder = "runs/tour"'
 )
 WRONG = 'lab.load("tiny", "model.num_layers=0")'
-
-NOTEBOOK = "window.jupyterapp.shell.currentWidget"
-STATUS = "(document.querySelector('.longcat-panel-status')?.innerText ?? '')"
-STEP = f"Number((/Step ([\\d,]+) of/.exec({STATUS})?.[1] ?? '-1').replaceAll(',', ''))"
-BUDGET = "(document.querySelector('.longcat-panel .lab-budget')?.innerText ?? '')"
-FIGURE = "document.querySelector('[data-panel-figure] svg')"
-# What is drawn in the colour of the live run, of the canvas that is shown: how many pixels.
-BLUE = """(() => {
-  const canvas = document.querySelector('.longcat-curves canvas');
-  if (!canvas?.clientWidth || !canvas.width) return 0;
-  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
-  let found = 0;
-  for (let i = 0; i < data.length; i += 4) found += data[i] === 0 && data[i + 1] === 0x72 && data[i + 2] === 0xb2 && data[i + 3] === 255;
-  return found;
-})()"""
-PICTURE = "document.querySelector('.longcat-curves canvas').toDataURL()"
-
-
-class Tab:
-    """A page of JupyterLab with one notebook, whose kernel is ready."""
-
-    def __init__(self, browser: Any, address: str, name: str) -> None:
-        self.page, self.errors = browser.new_page(viewport={"width": 1400, "height": 1500}), []
-        self.page.set_default_timeout(SECONDS * 1000)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("dialog", lambda dialog: dialog.accept())
-        self.page.goto(f"{address}/lab/tree/{name}")
-        self.ready()
-
-    def ready(self) -> None:
-        self.until(
-            "the notebook",
-            f"window.jupyterapp && {NOTEBOOK}?.content?.widgets?.length && document.querySelector('.jp-Notebook .jp-CodeCell')",
-        )
-        self.until("the kernel", f"{NOTEBOOK}.sessionContext?.session?.kernel?.status === 'idle'")
-
-    def until(self, what: str, condition: str) -> Any:
-        """Waits until the condition, a JavaScript expression, holds; its value."""
-        from playwright.sync_api import TimeoutError
-
-        try:
-            return self.page.wait_for_function(condition, timeout=SECONDS * 1000, polling=100).json_value()
-        except TimeoutError:
-            said = [self.page.evaluate(STATUS), *self.errors, self.page.evaluate("document.body.innerText")[-1500:]]
-            raise AssertionError(f"{what} did not come. The page says: " + "\n".join(said)) from None
-
-    def command(self, name: str) -> None:
-        """Starts one of JupyterLab's commands; what is awaited is what it brings about."""
-        self.page.evaluate("(name) => { window.jupyterapp.commands.execute(name); }", name)
-
-    def choose(self, cell: int) -> None:
-        """Makes a cell the active one."""
-        self.page.evaluate(f"(cell) => {{ {NOTEBOOK}.content.activeCellIndex = cell; }}", cell)
-
-    def save(self) -> None:
-        self.command("docmanager:save")
-        self.until("the saved file", f"{NOTEBOOK}.context.model.dirty === false")
-
-    def button(self, name: str) -> Any:
-        return self.page.locator(".longcat-panel").first.get_by_role("button", name=name)
-
-    def steps_on(self, last: int) -> int:
-        """Waits for a later step than this; which it is."""
-        return self.until("the next step", f"{STEP} > {last} && {STEP}")
+FAILS = 'lab.panel(lab.load("tiny", "training.optimizer.learning_rate=1e30"), "runs/fails")'
 
 
 @pytest.fixture
 def tour(jupyter: tuple[str, Path]) -> Path:
-    """A copy at smoke size, with a mistake in one more cell behind the first panel."""
+    """A copy at smoke size, with a mistake in one more cell behind the first panel, and a model that cannot be trained in the last."""
     notebook = nbformat.read(TOUR, as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source = SMOKE
     panel = next(i for i, cell in enumerate(notebook.cells) if "lab.panel(" in cell.source)
     notebook.cells.insert(panel + 1, nbformat.v4.new_code_cell(WRONG))
+    notebook.cells.append(nbformat.v4.new_code_cell(FAILS))
     nbformat.write(notebook, jupyter[1] / TOUR.name)
     return jupyter[1] / TOUR.name
 
@@ -113,7 +52,7 @@ def test_the_tour(tour: Path, chromium: Any, jupyter: tuple[str, Path]) -> None:
     # The cells up to the first panel.
     tab.choose(cells.index(WRONG))
     tab.command("notebook:run-all-above")
-    tab.until("the panel", f"{STATUS}.includes('Ready: {STEPS:,} steps')")
+    tab.until("the panel", f"{FIRST.status}.includes('Ready: {STEPS:,} steps')")
 
     # An error in a cell is one sentence; how it came about is folded.
     tab.command("notebook:run-cell")
@@ -130,31 +69,32 @@ def test_the_tour(tour: Path, chromium: Any, jupyter: tuple[str, Path]) -> None:
     assert "validate_node" in folded.locator("pre").inner_text()
 
     # A knob is turned; budget and picture follow.
-    before = tab.page.evaluate(BUDGET)
+    above = tab.page.get_by_placeholder("find a knob by name or meaning").first.locator(
+        "xpath=ancestor::*[contains(@class, 'widget-hbox')]"
+    )
+    assert above.evaluate("(row) => row.clientHeight") > 24  # a long form below it does not squeeze it away
+    before = tab.page.evaluate(FIRST.budget)
     assert "parameters" in before and "difference" not in before
     row = tab.page.locator(".widget-hbox").filter(has=tab.page.get_by_text("num_layers", exact=True))
     field = row.locator("input")
     assert field.input_value() == "1"
     field.fill("2")
     field.press("Enter")
-    tab.until("the budget of two layers", f"{BUDGET}.includes('difference')")
-    after = tab.page.evaluate(BUDGET)
+    tab.until("the budget of two layers", f"{FIRST.budget}.includes('difference')")
+    after = tab.page.evaluate(FIRST.budget)
     now, pinned = (float(re.search(r"parameters\s+([\d.]+) k", text)[1]) for text in (after, before))
     assert now > pinned and f"{pinned:g} k" in after
     tab.until("the picture of two layers", "document.querySelector('.longcat-panel svg').textContent.includes('2 × ')")
 
     # Train: the curve grows.
     tab.button("Train").click()
-    first = tab.steps_on(5)
-    tab.until("a drawn curve", f"{BLUE} > 50")
-    drawn = tab.page.evaluate(PICTURE)
-    later = tab.steps_on(first)
-    tab.until("a longer curve", f"{PICTURE} !== {drawn!r}")
+    tab.steps_on(5)
+    later = tab.grows()
     assert tab.button("Train").is_disabled()
 
     # Stop: what is done is kept.
     tab.button("Stop").click()
-    tab.until("the end", f"{STATUS}.includes('Stopped at step')")
+    tab.until("the end", f"{FIRST.status}.includes('Stopped at step')")
     (folder,) = (path.parent for path in tour.parent.glob("runs/tour/plain/*/run.json"))
     record = read_json(folder / "run.json")
     done = record["timings"]["steps_done"]
@@ -163,34 +103,37 @@ def test_the_tour(tour: Path, chromium: Any, jupyter: tuple[str, Path]) -> None:
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{done:08}"]
     rows = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(rows) >= done // 5
-    tab.until("the static figure", FIGURE)
+    tab.until("the static figure", FIRST.figure)
 
     # Train again goes on. The page is reloaded while the process stands still, so that it cannot end meanwhile.
     tab.button("Train").click()
     assert tab.steps_on(-1) > done
     process = training_process(folder)
     process.send_signal(signal.SIGSTOP)
-    stands = tab.page.evaluate(STEP)
+    stands = tab.page.evaluate(FIRST.step)
     tab.save()
     tab.page.reload()
     tab.ready()
-    tab.until("the panel of the reloaded page", f"{STEP} >= {stands}")
+    tab.until("the panel of the reloaded page", f"{FIRST.step} >= {stands}")
     assert tab.button("Stop").is_enabled() and tab.button("Train").is_disabled()
     process.send_signal(signal.SIGCONT)
     stands = tab.steps_on(stands)
-    tab.until("the curve of the reloaded page", f"{BLUE} > 50")
-    ended = f"({STATUS}.includes('Finished: {STEPS:,} steps') && {STEPS + 1})"
+    tab.until("the curve of the reloaded page", f"{FIRST.pixels(BLUE)} > 50")
+    ended = f"({FIRST.status}.includes('Finished: {STEPS:,} steps') && {STEPS + 1})"
     while stands <= STEPS:  # the deadline is one of the next step, however long all of them take
-        stands = tab.until("the next step, or the end", f"{ended} || ({STEP} > {stands} && {STEP})")
+        stands = tab.until("the next step, or the end", f"{ended} || ({FIRST.step} > {stands} && {FIRST.step})")
     # A reloaded page has no place for the static figure: it says what gives it one.
     tab.until("the sentence", "document.querySelector('.longcat-curves-note')?.offsetHeight > 0")
     tab.choose(cells.index(WRONG))
     tab.page.evaluate(f"{NOTEBOOK}.content.activeCell.model.sharedModel.setSource('panel')")
     tab.command("notebook:run-cell")
-    tab.until("the static figure", FIGURE)
+    tab.until("the static figure", FIRST.figure)
     record = read_json(folder / "run.json")
     assert record["status"] == "finished" and record["final"]["validation_bpb"] > 0
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+    compare(tab, cells)
+    fail(tab, cells.index(FAILS))
 
     # Saved and closed, with its kernel gone: the figure is in the file.
     tab.save()
@@ -198,10 +141,70 @@ def test_the_tour(tour: Path, chromium: Any, jupyter: tuple[str, Path]) -> None:
     assert tab.errors == []
     tab.page.close()
     saved = nbformat.read(tour, as_version=4)
-    shown = [output.get("data", {}).get("text/html", "") for cell in saved.cells for output in cell.get("outputs", [])]
-    assert sum("data-panel-figure" in text and "<svg" in text for text in shown) == 1 and "widgets" not in saved.metadata
+    assert "widgets" not in saved.metadata and tour.stat().st_size < 1_000_000
+    in_file = {cell.source: [output.get("data", {}) for output in cell.outputs] for cell in saved.cells if cell.cell_type == "code"}
+    for source, shown in in_file.items():
+        if "lab.panel(" in source and source != FAILS:
+            assert sum("image/svg+xml" in data and "image/png" in data and "text/html" not in data for data in shown) == ("ngram" in source)
+    assert [len(data["image/png"]) > 1000 for data in in_file["panel"] if "image/png" in data] == [True]
     tab = Tab(chromium, jupyter[0], tour.name)
-    figure = tab.page.locator("[data-panel-figure]")
-    figure.locator("svg").first.wait_for()
-    assert f"Finished: {STEPS:,} steps" in figure.inner_text() and tab.page.locator(".longcat-panel").count() == 0
+    tab.choose(cells.index(WRONG))
+    tab.until("the picture in the file", IN_THE_CELL.figure)
+    assert f"Finished: {STEPS:,} steps" in tab.page.locator(f"{ACTIVE} [data-panel-figure]").inner_text()
+    assert tab.page.locator(".longcat-panel").count() == 0
     tab.page.close()
+
+
+def compare(tab: Tab, cells: list[str]) -> None:
+    """The second half of the tour: a model trained beside the first, all runs as a table, both compared."""
+    at = lambda words: next(i for i, source in enumerate(cells) if words in source)  # noqa: E731
+    tab.run(at("plain = await"))
+    tab.run(at("ngram_panel = lab.panel("))
+    beside = tab.page.locator(f"{ACTIVE} .longcat-panel select[multiple]")
+    (name,) = beside.locator("option").all_inner_texts()
+    assert name.startswith("ngram=none")
+    tab.until("the run beside, before anything is trained", f"{IN_THE_CELL.pixels(ORANGE)} > 50")
+    assert tab.page.evaluate(IN_THE_CELL.pixels(BLUE)) == 0
+    tab.button("Train", ACTIVE).click()
+    tab.until("both curves", f"{IN_THE_CELL.step} > 20 && {IN_THE_CELL.pixels(BLUE)} > 50 && {IN_THE_CELL.pixels(ORANGE)} > 50")
+    beside.select_option([])
+    tab.until("the live curve alone", f"{IN_THE_CELL.pixels(BLUE)} > 50 && {IN_THE_CELL.pixels(ORANGE)} === 0")
+    beside.select_option(index=0)
+    tab.until("both curves again", f"{IN_THE_CELL.pixels(ORANGE)} > 50")
+    tab.until("the end", f"{IN_THE_CELL.status}.includes('Finished: {STEPS:,} steps')")
+    tab.until("the static figure", IN_THE_CELL.figure)
+    tab.run(at("ngram = await"))
+
+    # The table; a click on a head sorts it, another one the other way round.
+    output = tab.run(at("runs = lab.runs("))
+    assert "2 runs in runs/tour: 2 finished." in output.inner_text()
+    head, order = output.locator("th", has_text="parameters"), output.locator("tbody td:first-child")
+    head.click()
+    largest = order.all_inner_texts()
+    assert head.get_attribute("aria-sort") == "descending" and [name.split("/")[0] for name in largest] == ["ngram", "plain"]
+    head.click()
+    assert head.get_attribute("aria-sort") == "ascending" and order.all_inner_texts() == largest[::-1]
+
+    output = tab.run(at("runs.compare("))
+    tab.until(
+        "both figures", f"[...document.querySelectorAll('{ACTIVE} .jp-RenderedSVG img')].filter((img) => img.naturalWidth).length === 2"
+    )
+    settings, summary = output.locator("table").all()
+    assert "model.embedding.ngram" in settings.inner_text() and "num_layers" not in settings.inner_text()
+    assert {"validation_bpb", "tokens_per_second"} <= {row.split("\t")[0] for row in summary.inner_text().splitlines()}
+    assert re.search(r"validation_bpb +[+-]\d\.\d{4}", tab.run(at("ngram.summary[text]")).inner_text())
+    assert "--- ngram" in tab.run(at("run.generate(")).inner_text()
+
+
+def fail(tab: Tab, cell: int) -> None:
+    """A training that fails at once says in one sentence what to change; the log is folded."""
+    tab.run(cell)
+    tab.button("Train", ACTIVE).click()
+    tab.until("the sentence", f"document.querySelector('{ACTIVE} .longcat-panel-wrong')")
+    status = tab.page.locator(f"{ACTIVE} .longcat-panel-status")
+    said = status.locator(".longcat-panel-wrong").inner_text()
+    assert re.fullmatch(r"The loss is nan at step \d+[^\n]*lower training\.optimizer\.learning_rate[^\n]*", said)
+    assert not status.locator("pre").is_visible()
+    status.locator("summary").click()
+    assert "longcat-lab: The loss is nan" in status.locator("pre").inner_text()
+    assert tab.button("Train", ACTIVE).is_enabled() and tab.button("Stop", ACTIVE).is_disabled()

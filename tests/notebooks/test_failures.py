@@ -27,7 +27,7 @@ def run_cell():
         kernel_spec = property(lambda self: KernelSpec(**get_kernel_dict()))
 
     manager = SameInterpreter(transport_encryption="auto")
-    manager.start_kernel(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    manager.start_kernel(env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
     client = manager.client()
     client.start_channels()
 

@@ -37,6 +37,13 @@ SMOKE = {
         "progress": False,
     },
     "40_mtp": lambda tmp: {"preset": "tiny", "steps": 20, "overrides": [], "run_folder": str(tmp / "mtp"), "progress": False},
+    "50_scale": lambda tmp: {
+        "preset": "longcat-flash-lite",
+        "cards": 384,
+        "optimizer": "adamw",
+        "few": [1, 8],
+        "ladder": [96],
+    },
     "run": lambda tmp: {"preset": "tiny"},
     "report": None,  # executed by the sweep's own test, on a real sweep
 }
@@ -69,7 +76,7 @@ def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
     out = tmp_path / "executed.ipynb"
     execute(path, out, SMOKE[path.stem](tmp_path))
     executed = nbformat.read(out, as_version=4)
-    pictures = [o for cell in executed.cells for o in cell.get("outputs", []) if "<svg" in str(o.get("data", {}).get("text/html", ""))]
+    pictures = [o for cell in executed.cells for o in cell.get("outputs", []) if {"image/svg+xml", "image/png"} <= set(o.get("data", {}))]
     assert pictures, "a notebook shows at least one static picture"
     errors = [o for cell in executed.cells for o in cell.get("outputs", []) if o.output_type == "error" or o.get("name") == "stderr"]
     assert not errors, errors

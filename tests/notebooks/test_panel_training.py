@@ -15,16 +15,17 @@ from hypothesis import strategies as st
 import longcat_lab as lab
 from longcat_lab.blocks.interface import forget
 from longcat_lab.blocks.swiglu.module import SwiGLU
+from longcat_lab.files import write_json
 from longcat_lab.notebook.panel.curves import Curves
 from longcat_lab.notebook.panel.earlier import config_of, named, run_of
-from longcat_lab.notebook.panel.ending import ending
+from longcat_lab.notebook.panel.ending import ending, figure
 from longcat_lab.notebook.panel.follow import TITLES, Follower, read_all, thin
 from longcat_lab.notebook.panel.trainer import Training, trains_in, travels
 from longcat_lab.notebook.panel.words import summary
 from longcat_lab.training.requests import ask_to_stop, is_training
 from longcat_lab.training.trackers import FileTracker
 
-LONG = ("training.steps=1000000", "training.checkpoint_every=1000000", "training.log_every=10")  # trains until somebody ends it
+LONG = ("training.steps=1000000", "training.checkpoint_every=1000000", "training.log_every=1")  # trains until somebody ends it
 
 
 def until(condition, seconds=120):
@@ -295,6 +296,53 @@ def test_the_mixture_that_has_collapsed_is_drawn_whatever_the_others_do(tmp_path
     assert follower.last["busiest_expert"] == 1.9
 
 
+def test_bits_per_byte_of_training_and_validation_share_a_panel_and_old_runs_keep_theirs(tmp_path):
+    def run(name, *logged):
+        tracker = FileTracker(folders.setdefault(name, tmp_path / name), 0)
+        for step in range(1, 5):
+            measured = {"train_bpb": 3.0 - step / 10, "validation_bpb": 3.5 - step / 10}
+            row = {key: value for key, value in measured.items() if key in logged and (key == "train_bpb" or step % 2 == 0)}
+            tracker.log({"step": step, "tokens": 10 * step, "loss": 4.0, **row})
+
+    folders = {}
+    for folder in ("live", "both", "old"):
+        (tmp_path / folder).mkdir()
+    run("live", "train_bpb")
+    run("both", "train_bpb", "validation_bpb")
+    run("old", "validation_bpb")
+    runs = read_all(folders)
+
+    def panels(name, *others):
+        shown = Curves()
+        shown.set_earlier({other: runs[other] for other in others})
+        shown.show(runs[name], name)
+        drawn = figure(runs[name], {other: runs[other] for other in others})
+        return [(each["name"], each["points"], each["title"], each["unit"]) for each in shown.head["curves"]], drawn.axes
+
+    def lines(axes):  # of a static figure: values and looks
+        return [(line.get_ydata().round(6).tolist(), line.get_linestyle(), line.get_marker()) for line in axes.get_lines()]
+
+    loss, training, validation = ("loss", "", "training loss", "nats a token"), [2.9, 2.8, 2.7, 2.6], [3.3, 3.1]
+    alone, axes = panels("live")
+    assert alone == [loss, ("train_bpb", "", "bits per byte", "of training text")]
+    assert lines(axes[1]) == [(pytest.approx(training), "-", "None")] and axes[1].get_legend() is None
+    before, axes = panels("old")
+    assert before == [loss, ("validation_bpb", "", "validation", "bits per byte")]
+    assert lines(axes[1]) == [(pytest.approx(validation), "-", "o")]
+    together, axes = panels("both", "old", "live")
+    assert together == [loss, ("train_bpb", "validation_bpb", "bits per byte", "")]
+    of_old, of_live, *of_both = lines(axes[1])
+    assert of_old == (pytest.approx(validation), ":", "o") and of_live == (pytest.approx(training), "-", "None")
+    assert of_both == [(pytest.approx(training), "-", "None"), (pytest.approx(validation), ":", "o")]
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["training", "validation"]
+    assert panels("old", "live")[0] == together
+
+    for folder in folders.values():
+        write_json(folder / "run.json", {"status": "interrupted", "config": lab.load("tiny").to_dict()})
+    [found] = lab.runs(tmp_path).compare("train_bpb").figures["train_bpb"].axes
+    assert found.get_ylabel() == "training bits per byte" and sorted(line.get_label() for line in found.get_lines()) == ["both", "live"]
+
+
 ODD = ["null", "[]", '{"config": null}', '{"config": {"model": [], "data": 3, "plugins": ["x.py"]}, "provenance": [1], "final": [2]}']
 ODD += ['{"status": "finished", "config": {"training": {"steps": "x"}}, "final": {"tokens": null, "validation_bpb": "low"}}', "half {"]
 
@@ -313,7 +361,7 @@ def test_records_and_rows_of_anybodys_take_nothing_down(tmp_path):
     for folder, each in zip(folders, read_all(dict(zip(map(str, folders), folders, strict=True))).values(), strict=True):
         assert config_of(folder) is None
         assert each.curves()["loss"][1].tolist() == [2] and each.progress == {} and each.asked() == {}
-        assert "<svg" in ending(folder, {"a name": folders[0]})[0]
+        assert "<svg" in ending(folder, {"a name": folders[0]})[2][0]["image/svg+xml"]
         Curves().show(each)
     assert "cannot be read here" in summary(read_all({"it": folders[4]})["it"])
 
@@ -326,7 +374,7 @@ def test_curves_of_real_runs(tmp_path, monkeypatch):
     follower = Follower(tmp_path)
     follower.refresh()
     curves, metrics = follower.curves(), run.metrics
-    assert list(curves) == list(TITLES)
+    assert list(curves) == [name for name in TITLES if name != "train_bpb" or name in metrics]
     for name in ("loss", "learning_rate", "gradient_norm"):
         assert curves[name][1].tolist() == metrics[name].astype(np.float32).tolist()
     kl = metrics[[name for name in metrics if name.endswith("/index_kl")]].mean(axis=1)
@@ -335,7 +383,7 @@ def test_curves_of_real_runs(tmp_path, monkeypatch):
     assert curves["validation_bpb"][1][-1] == np.float32(run.record["final"]["validation_bpb"])
     assert len(follower.load) == 6 and follower.real_experts() == 4 and follower.asked() == {"real_experts_per_token": 1.5}
     assert follower.progress["step"] == 20 and follower.load_of.startswith("layer ")
-    assert "<svg" in ending(tmp_path, {"a=$\\nothing$ $x$": tmp_path})[0]  # a name is no formula
+    assert "<svg" in ending(tmp_path, {"a=$\\nothing$ $x$": tmp_path})[2][0]["image/svg+xml"]  # a name is no formula
 
     again = tmp_path / "again"
     again.mkdir()

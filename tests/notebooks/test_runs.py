@@ -10,6 +10,8 @@ import pytest
 
 import longcat_lab as lab
 from longcat_lab.files import read_json, write_json
+from longcat_lab.notebook.figures import curves
+from longcat_lab.notebook.panel.earlier import compared
 from longcat_lab.notebook.runs import runs
 
 LONG = "import longcat_lab as lab; lab.fit(lab.load('tiny', 'training.steps=100000'), {!r}, progress=False)"
@@ -136,6 +138,26 @@ def test_a_comparison_holds_curves_only_what_differs_and_summaries(folder):
     assert pair.note == "A single run has no error bar: a difference between two of them may be that of their seeds."
     page = pair._repr_html_()
     assert page.count("<svg") == 2 and "model.hidden_size" in page and "model.num_layers" not in page and pair.note in page
+
+
+def test_a_metric_with_a_single_point_is_drawn(folder, tmp_path):
+    lab.fit(lab.load("tiny", "training.steps=5", "training.log_every=5"), tmp_path / "short", progress=False)
+    assert len(lab.Run(tmp_path / "short").metrics) == 1
+    (line,) = runs(tmp_path).compare().figures["loss"].axes[0].get_lines()
+    assert line.get_marker() != "None" and line.get_markevery() is None  # else the line's only point is between two marks
+    point = lab.Run(tmp_path / "short").metrics.assign(tokens=1)
+    made = curves({"two seeds": [point, point.assign(loss=point["loss"] + 1)]})
+    ((low, high),) = (stroke[:, 1] for each in made.axes[0].collections for stroke in each.get_segments())
+    assert high - low == pytest.approx(1, rel=1e-4)
+
+
+def test_a_panel_compares_with_the_runs_that_a_list_would_hold(folder):
+    listed = {run.path.resolve() for run in runs(folder).found}
+    assert {each for each in compared([folder]) if each.name not in ("cut", "list", "foreign")} == listed
+    aside = folder / "demo/superseded/0123/plain/seed-0"
+    assert compared(aside) == [aside.resolve()] == compared(folder / "demo/superseded")
+    with pytest.raises(lab.LabError, match="there is no run in"):
+        compared(folder / "odd/half")
 
 
 def test_paired_seeds_point_to_the_report_and_can_be_drawn_as_bands(folder):

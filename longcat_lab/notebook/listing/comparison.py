@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DRAWN = 12  # lines of a figure; more cannot be told apart
-LABELS = {"loss": "training loss (nats a token)", "validation_bpb": "validation bits per byte"}
+DESCRIPTION = "{} over training tokens, a line a run"
+LABELS = {"loss": "training loss (nats a token)", "train_bpb": "training bits per byte", "validation_bpb": "validation bits per byte"}
 FIRST = (
     "status",
     "step",
@@ -55,14 +56,26 @@ class Comparison:
         parts = (self.note, "Settings that differ:", self.differences.to_string(), "Summary:", self.summary.to_string())
         return "\n\n".join(parts)
 
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        from longcat_lab.notebook.style import show
+
+        for metric, figure in self.figures.items():
+            show(figure, DESCRIPTION.format(metric))
+        display({"text/html": self._tables(), "text/plain": repr(self)}, raw=True)
+
     def _repr_html_(self) -> str:
-        from longcat_lab.notebook.listing.table import asset, shown
         from longcat_lab.notebook.style import picture
 
-        drawn = "".join(picture(figure, f"{metric} over training tokens, a line a run") for metric, figure in self.figures.items())
+        return "".join(picture(figure, DESCRIPTION.format(metric)) for metric, figure in self.figures.items()) + self._tables()
+
+    def _tables(self) -> str:
+        from longcat_lab.notebook.listing.table import asset, shown
+
         settings = _html(self.differences, _setting) if len(self.differences) else "<p>They have the same settings.</p>"
         return (
-            f"<style>{asset('table.css')}</style>{drawn}<p>{html.escape(self.note)}</p>"
+            f"<style>{asset('table.css')}</style><p>{html.escape(self.note)}</p>"
             f"<h4>Settings that differ</h4>{settings}<h4>Summary</h4>{_html(self.summary, shown)}"
         )
 

@@ -32,22 +32,28 @@ class Found:
 
 
 def find(folder: Path) -> tuple[list[Found], int]:
-    """Every run below `folder` (or in it), newest first, and how many folders hold something like a run that cannot be read.
+    """Every run below `folder` (or in it), newest first, and how many folders hold something like a run that cannot be read."""
+    places, skipped = run_folders(folder)
+    read = [_read(path, path.relative_to(folder).as_posix() if path != folder else path.resolve().name) for path in places]
+    found = [run for run in read if run]
+    skipped += len(read) - len(found)
+    return sorted(found, key=lambda run: (run.row["started"], run.name), reverse=True), skipped
+
+
+def run_folders(folder: Path) -> tuple[list[Path], int]:
+    """Folders below `folder` (or itself) with a run's record, in no order, and how many others hold metrics without one.
 
     Results that a sweep has set aside (`superseded`) are not among them, unless `folder` is inside.
     """
-    found, skipped = [], 0
+    found, without = [], 0
     for place, folders, files in os.walk(folder):
-        path = Path(place)
         if "run.json" in files:
             folders.clear()  # checkpoints, trackers' files
-            one = _read(path, path.relative_to(folder).as_posix() if path != folder else path.resolve().name)
-            found += [one] if one else []
-            skipped += one is None
+            found.append(Path(place))
         else:
-            skipped += "metrics.jsonl" in files
+            without += "metrics.jsonl" in files
             folders[:] = [name for name in folders if not name.startswith(".") and name != superseded.NAME]
-    return sorted(found, key=lambda run: (run.row["started"], run.name), reverse=True), skipped
+    return found, without
 
 
 def _read(path: Path, name: str) -> Found | None:

@@ -64,14 +64,13 @@ function unpack(head, live, earlier) {
   });
 }
 
-function rangeOf(curve, runs, asked, end) {
+function rangeOf(curve, points, runs, asked) {
   let low = Infinity, high = -Infinity;
   const see = (y) => { if (y < low) low = y; if (y > high) high = y; };
   for (const run of runs) {
-    const s = run.series[curve];
-    if (!s) continue;
-    const from = curve === "learning_rate" || s.x.length < 12 ? -1 : SETTLED * s.x[s.x.length - 1];
-    for (let i = 0; i < s.x.length; i++) if (s.x[i] >= from) see(s.y[i]);
+    const line = run.series[curve], long = [line, run.series[points]].find((s) => s && s.x.length >= 12);
+    const from = curve === "learning_rate" || !long ? -1 : SETTLED * long.x[long.x.length - 1];
+    for (const s of [line, run.series[points]]) if (s) for (let i = 0; i < s.x.length; i++) if (s.x[i] >= from) see(s.y[i]);
   }
   if (asked !== undefined) see(asked);
   if (curve === "learning_rate") see(0);
@@ -200,8 +199,8 @@ function render({ model, el }) {
   }
 
   function curve(place, ink, end) {
-    const name = place.panel.name, asked = (head.asked || {})[name];
-    const [low, high] = rangeOf(name, runs, asked, end);
+    const { name, points } = place.panel, asked = (head.asked || {})[name];
+    const [low, high] = rangeOf(name, points, runs, asked);
     const toX = (x) => place.left + (x / end) * (place.right - place.left);
     const toY = (y) => place.bottom - ((y - low) / (high - low)) * (place.bottom - place.top);
     Object.assign(place, { toX, toY, end });
@@ -219,21 +218,52 @@ function render({ model, el }) {
       c.stroke();
       c.setLineDash([]);
     }
-    let last = null;
+    const last = {};
+    c.lineJoin = "round";
     for (const run of [...runs].sort((a, b) => a.bold - b.bold)) { // the bold one on top
-      const s = run.series[name];
-      if (!s || !s.x.length) continue;
       c.strokeStyle = c.fillStyle = run.colour;
-      c.lineWidth = run.bold ? 2.4 : 1.1;
-      c.lineJoin = "round";
-      c.beginPath();
-      for (let i = 0; i < s.x.length; i++) i ? c.lineTo(toX(s.x[i]), toY(s.y[i])) : c.moveTo(toX(s.x[i]), toY(s.y[i]));
-      c.stroke();
-      if (s.x.length < 3) for (let i = 0; i < s.x.length; i++) dot(toX(s.x[i]), toY(s.y[i]), run.bold ? 4 : 3);
-      if (run.bold) last = s.y[s.y.length - 1];
+      for (const each of [name, points]) {
+        const s = run.series[each];
+        if (!s || !s.x.length) continue;
+        const wide = run.bold ? 2.4 : 1.1;
+        c.lineWidth = each === points ? 0.6 * wide : wide;
+        c.setLineDash(each === points ? [2, 3] : []);
+        c.beginPath();
+        for (let i = 0; i < s.x.length; i++) i ? c.lineTo(toX(s.x[i]), toY(s.y[i])) : c.moveTo(toX(s.x[i]), toY(s.y[i]));
+        c.stroke();
+        c.setLineDash([]);
+        if (each === points || s.x.length < 3) for (let i = 0; i < s.x.length; i++) dot(toX(s.x[i]), toY(s.y[i]), run.bold ? 4 : 3);
+        if (run.bold) last[each] = s.y[s.y.length - 1];
+      }
     }
     c.restore();
-    title(place, ink, last);
+    if (points) key(place, ink, last[points]);
+    title(place, ink, last[name] === undefined ? null : last[name]);
+  }
+
+  // What the line and the points of one panel are, where falling curves leave room: the two lines end at its upper right corner.
+  function key(place, ink, value) {
+    const { name, points } = place.panel, names = head.together || {};
+    c.font = `11px ${ink.font}`;
+    c.textAlign = "right";
+    c.textBaseline = "middle";
+    [[name, names[name]], [points, names[points] + (value === undefined ? "" : " " + short(value))]].forEach(([each, text], i) => {
+      const y = place.top + 8 + 15 * i, x = place.right - c.measureText(text).width - 6;
+      c.fillStyle = ink.ground;
+      c.globalAlpha = 0.8;
+      c.fillRect(x - 26, y - 7, place.right - x + 26, 15);
+      c.globalAlpha = 1;
+      c.strokeStyle = c.fillStyle = ink.text;
+      c.lineWidth = each === points ? 1.2 : 2;
+      c.setLineDash(each === points ? [2, 3] : []);
+      c.beginPath();
+      c.moveTo(x - 22, y);
+      c.lineTo(x - 2, y);
+      c.stroke();
+      c.setLineDash([]);
+      if (each === points) dot(x - 12, y, 3.5);
+      c.fillText(text, place.right - 2, y);
+    });
   }
 
   function dot(x, y, size) {
@@ -286,13 +316,14 @@ function render({ model, el }) {
         c.moveTo(Math.round(place.toX(tokens)) + 0.5, place.top);
         c.lineTo(Math.round(place.toX(tokens)) + 0.5, place.bottom);
         c.stroke();
-        for (const run of runs) {
-          const s = run.series[place.panel.name];
+        const { name, points } = place.panel, what = (each) => (points ? `, ${(head.together || {})[each]}` : "");
+        for (const [run, each] of runs.flatMap((run) => [[run, name], [run, points]])) {
+          const s = run.series[each];
           if (!s || !s.x.length) continue;
           const i = nearest(s.x, tokens), y = place.toY(s.y[i]);
           c.fillStyle = run.colour;
           if (y >= place.top - 2 && y <= place.bottom + 2) dot(place.toX(s.x[i]), y, 3);
-          if (place === over) lines.push([run.colour, `${short(s.y[i])}  at ${short(s.x[i])}  ${run.name}`]);
+          if (place === over) lines.push([run.colour, `${short(s.y[i])}  at ${short(s.x[i])}  ${run.name}${what(each)}`]);
         }
       }
     }

@@ -11,7 +11,7 @@ import anywidget
 import numpy as np
 import traitlets
 
-from longcat_lab.notebook.panel.follow import Follower, part, title_of
+from longcat_lab.notebook.panel.follow import TOGETHER, Follower, panels_of, part
 from longcat_lab.notebook.style import COLOURS
 
 
@@ -45,11 +45,12 @@ class Curves(anywidget.AnyWidget):
         """
         runs, live = pack({name: run} if run else {}, "live")
         both = runs + self._earlier[0]
-        curves = list(dict.fromkeys(curve for each in both for curve in each["series"]))
+        panels = panels_of(each["series"] for each in both)
         head = {
             "palette": list(COLOURS),
             "runs": both,
-            "curves": [{"name": curve, "title": title_of(curve)[0], "unit": title_of(curve)[1]} for curve in curves],
+            "curves": [{"name": curve, "points": points, "title": title, "unit": unit} for curve, points, title, unit in panels],
+            "together": TOGETHER,
             "asked": run.asked() if run else {},
             "load": _load(run) if run and run.load else None,
             "end": _tokens_at_the_end(run) if run else 0,

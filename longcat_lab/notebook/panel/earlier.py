@@ -12,6 +12,7 @@ from longcat_lab.config.plugins import known_here
 from longcat_lab.data import prepare
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json
+from longcat_lab.notebook.listing.found import run_folders
 from longcat_lab.notebook.panel.follow import part, state_of
 from longcat_lab.notebook.panel.knobs import changed
 from longcat_lab.training import Run, code_hash, identity
@@ -21,7 +22,7 @@ MOST = 40  # runs that a list shows, the newest
 
 def runs_in(path: str | Path, most: int | None = MOST) -> list[Path]:
     """Folders of runs directly in `path`, the newest first."""
-    return _newest(Path(path).glob("*/run.json"))[:most]
+    return _newest(record.parent for record in Path(path).glob("*/run.json"))[:most]
 
 
 def compared(compare: Iterable[Any]) -> list[Path]:
@@ -33,19 +34,18 @@ def compared(compare: Iterable[Any]) -> list[Path]:
     found = []
     for each in [compare] if isinstance(compare, str | Path | Run) else compare:
         folder = Path(each.path if isinstance(each, Run) else each)
-        below = [folder] if (folder / "run.json").exists() else _newest(folder.rglob("run.json"))
-        below = [run for run in below if "superseded" not in run.parts]
+        below = _newest(run_folders(folder)[0])
         if not below:
             raise LabError(f"compare: there is no run in {folder}; give a run, its folder, or a folder that holds runs.")
         found += below
-    return list(dict.fromkeys(run.resolve() for run in found))
+    return list(dict.fromkeys(found))
 
 
-def _newest(records: Iterable[Path]) -> list[Path]:
+def _newest(folders: Iterable[Path]) -> list[Path]:
     times = {}
-    for record in records:
+    for folder in folders:
         try:
-            times[record.parent.resolve()] = record.stat().st_mtime
+            times[folder.resolve()] = (folder / "run.json").stat().st_mtime
         except OSError:  # deleted meanwhile
             continue
     return sorted(times, key=times.__getitem__, reverse=True)

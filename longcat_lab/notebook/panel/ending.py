@@ -8,21 +8,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from longcat_lab.config import RunConfig, load, presets
 from longcat_lab.notebook.panel.budget_view import budget_html
-from longcat_lab.notebook.panel.follow import Follower, read_all, title_of
+from longcat_lab.notebook.panel.follow import TOGETHER, Follower, panels_of, read_all
+from longcat_lab.notebook.panel.frontend import NOTHING
 from longcat_lab.notebook.panel.knobs import changed
 from longcat_lab.notebook.panel.picture import architecture_svg
 from longcat_lab.notebook.panel.words import not_engaged, summary
-from longcat_lab.notebook.style import COLOURS, INK, picture, style
+from longcat_lab.notebook.style import COLOURS, INK, Bundle, bundle, style
+from longcat_lab.training.trackers import trouble
 
 POINTS = 300  # of a curve in a picture that is kept in a file
 COLUMNS = 3
+# Where widgets were, a page without their kernel says "Loading widget...", or that a model was not found. Here it says what to do.
+AGAIN = """<style>
+.jp-OutputArea:has(.longcat-panel-ending) .jp-OutputArea-output:not([data-mime-type], :has(*)) { font-size: 0; }
+.jp-OutputArea:has(.longcat-panel-ending) .jp-OutputArea-output:not([data-mime-type], :has(*))::after {
+  content: "Run this cell again for the knobs and the live curves."; font-size: var(--jp-ui-font-size1, 13px); opacity: .7; }
+</style>"""
 
 
-def ending(folder: Path, earlier: Mapping[str, Path], said: str = "") -> tuple[str, str]:
-    """The picture of a run's curves and its summary as HTML, and the key that the picture carries (`data-panel-figure`).
+def ending(folder: Path, earlier: Mapping[str, Path], said: str = "") -> tuple[str, str, Bundle]:
+    """A run's summary as HTML, the key that it carries (`data-panel-figure`), and the picture of the run's curves.
 
     Args:
         earlier: name to folder of the runs that are drawn beside it.
@@ -31,11 +40,11 @@ def ending(folder: Path, earlier: Mapping[str, Path], said: str = "") -> tuple[s
     run = Follower(folder)
     run.refresh()
     others = read_all(earlier)
-    lines = [said or summary(run), not_engaged(run.record)]
+    lines = [said or summary(run), not_engaged(run.record), trouble(folder, run.record)]
     key = hashlib.sha256("\0".join([str(folder), *lines, *map(str, earlier.values())]).encode()).hexdigest()[:16]
     words = "".join(f"<p style='margin:4px 0'>{html.escape(line)}</p>" for line in [*lines, f"Its folder: {_place(folder)}"] if line)
-    drawn = picture(figure(run, others), f"Curves of the run {folder.name}") if run.curves() else ""
-    return f'<div class="longcat-panel-ending" data-panel-figure="{key}">{drawn}{words}</div>', key
+    drawn = bundle(figure(run, others), f"Curves of the run {folder.name}") if run.curves() else NOTHING
+    return f'<div class="longcat-panel-ending" data-panel-figure="{key}">{words}</div>', key, drawn
 
 
 def _place(folder: Path) -> str:
@@ -45,20 +54,29 @@ def _place(folder: Path) -> str:
 
 def figure(run: Follower, others: Mapping[str, Follower]) -> Figure:
     """Small multiples: the run bold, the others thin."""
-    names = list(dict.fromkeys(curve for each in (run, *others.values()) for curve in each.curves(POINTS)))
-    panels = len(names) + bool(run.load)
+    drawn = panels_of(each.curves(POINTS) for each in (run, *others.values()))
+    panels = len(drawn) + bool(run.load)
     rows = -(-panels // COLUMNS)
     with style():
         made = Figure(figsize=(9.6, 2.15 * rows), layout="constrained")
         places = made.subplots(rows, COLUMNS, squeeze=False).ravel()
-        for axes, name in zip(places, names, strict=False):
-            title, unit = title_of(name)
+        for axes, (name, points, title, unit) in zip(places, drawn, strict=False):
             for index, (label, each) in enumerate([*others.items(), ("this run", run)]):
+                colour = COLOURS[0] if each is run else COLOURS[1 + index % (len(COLOURS) - 1)]
+                wide, size = (2.0, 5) if each is run else (0.9, 3)
                 x, y = each.curves(POINTS).get(name, ((), ()))
                 if len(x):
-                    colour = COLOURS[0] if each is run else COLOURS[1 + index % (len(COLOURS) - 1)]
-                    marker = {"marker": "o", "markersize": 5 if each is run else 3} if len(x) < 3 else {}
-                    axes.plot(x, y, color=colour, linewidth=2.0 if each is run else 0.9, label=label, **marker)
+                    marker = {"marker": "o", "markersize": size} if len(x) < 3 else {}
+                    axes.plot(x, y, color=colour, linewidth=wide, label=label, **marker)
+                x, y = each.curves(POINTS).get(points, ((), ()))
+                if len(x):
+                    axes.plot(x, y, "o:", color=colour, linewidth=0.7 * wide, markersize=size)
+            if points:
+                marks = [
+                    Line2D([], [], color=INK, label=TOGETHER[name]),
+                    Line2D([], [], color=INK, ls=":", marker="o", label=TOGETHER[points]),
+                ]
+                axes.legend(handles=marks, loc="upper right", fontsize="x-small")
             if name in run.asked():
                 axes.axhline(run.asked()[name], color=INK, linestyle="--", linewidth=1)
             if name == "learning_rate":
@@ -68,7 +86,7 @@ def figure(run: Follower, others: Mapping[str, Follower]) -> Figure:
             axes.locator_params(axis="x", nbins=5)
             axes.set_xlim(left=0)
         if run.load:
-            _bars(places[len(names)], run)
+            _bars(places[len(drawn)], run)
         for axes in places[panels:]:
             axes.set_visible(False)
         if others:
@@ -89,14 +107,15 @@ def _bars(axes: object, run: Follower) -> None:
     axes.set_xlabel(f"{real} experts" + (f", {len(run.load) - real} zero-experts" if len(run.load) > real else ""))
 
 
-def overview(config: RunConfig, path: Path) -> str:
-    """The configuration without a browser: its picture, its budget, and what it has otherwise than the nearest preset."""
+def overview(config: RunConfig, path: Path) -> tuple[str, Bundle]:
+    """The configuration without a browser: as HTML its budget and what it has otherwise than the nearest preset, and its picture."""
     name, different = nearest_preset(config)
     head = f"<tr><th style='text-align:left'>knob</th><th>{name}</th><th>here</th></tr>"
     rows = "".join(_row(knob, before, now) for knob, (before, now) in different.items())
     table = f"<table>{head}{rows}</table>" if rows else ""
     line = f"Preset <b>{name}</b> {'with other knobs' if rows else 'as it is'}; its runs lie in {html.escape(str(path))}."
-    return f"<div class='longcat-panel-overview'><p>{line}</p>{table}{budget_html(config, None)}{architecture_svg(config, None)}</div>"
+    drawn = {"image/svg+xml": architecture_svg(config, None), "text/plain": f"Architecture of {name}{' with other knobs' * bool(rows)}"}
+    return f"<div class='longcat-panel-overview'><p>{line}</p>{table}{budget_html(config, None)}</div>", (drawn, {})
 
 
 def _row(knob: str, before: object, now: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ POINTS = 1400  # of a curve, at most: more than a small panel has pixels
 # Curve to its title and unit, in the order of the panels. Other `…_bpb` columns follow.
 TITLES = {
     "loss": ("training loss", "nats a token"),
+    "train_bpb": ("bits per byte", "of training text"),
     "validation_bpb": ("validation", "bits per byte"),
     "learning_rate": ("learning rate", ""),
     "busiest_expert": ("busiest real expert", "times the mean"),
@@ -24,6 +25,9 @@ TITLES = {
     "index_kl": ("indexer KL", "nats"),
     "gradient_norm": ("gradient norm", "before clipping"),
 }
+# Curve to the one in whose panel it is drawn as points if any run has that one, and what the two are called there.
+POINTS_OF = {"validation_bpb": "train_bpb"}
+TOGETHER = {"train_bpb": "training", "validation_bpb": "validation"}
 OF_THE_RUN = ("loss", "learning_rate", "gradient_norm")
 TOLD = ("step", "steps", "tokens_per_second", "seconds_left", "loss")  # of progress.json
 OF_BLOCKS = ("real_experts_per_token", "index_kl")
@@ -32,6 +36,18 @@ OF_BLOCKS = ("real_experts_per_token", "index_kl")
 def title_of(curve: str) -> tuple[str, str]:
     """Title and unit of a curve."""
     return TITLES.get(curve) or (curve.removesuffix("_bpb").replace("_", " "), "bits per byte")
+
+
+def panels_of(runs: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """The panels for the curves of these runs: curve, the one that is drawn as points beside it (or ""), title, unit."""
+    names = list(dict.fromkeys(curve for each in runs for curve in each))
+    names = [name for name in TITLES if name in names] + [name for name in names if name not in TITLES]
+    beside = {POINTS_OF[name]: name for name in names if POINTS_OF.get(name) in names}
+    found = []
+    for name in (name for name in names if name not in beside.values()):
+        title, unit = title_of(name)
+        found.append((name, beside.get(name, ""), title, "" if name in beside else unit))  # two say in their legend what each is of
+    return found
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = POINTS) -> tuple[np.ndarray, np.ndarray]:

@@ -47,9 +47,9 @@ class Form:
         self.found = ipywidgets.VBox(layout=ipywidgets.Layout(display="none"))
         self.sections = {name: ipywidgets.VBox() for name in SECTIONS}
         self.accordion = ipywidgets.Accordion(list(self.sections.values()), titles=tuple(SECTIONS))
-        self.widget = ipywidgets.VBox(
-            [ipywidgets.HBox([self.search, self.pin_button, self.back_button]), self.message, self.found, self.accordion]
-        )
+        # Boxes scroll what does not fit, so that this row would be the first to give up its height to a long form.
+        row = ipywidgets.HBox([self.search, self.pin_button, self.back_button], layout=ipywidgets.Layout(flex="0 0 auto"))
+        self.widget = ipywidgets.VBox([row, self.message, self.found, self.accordion])
         self.accordion.observe(lambda _: self._refresh(), "selected_index")
         self.search.observe(lambda _: self._refresh(), "value")
         self.pin_button.on_click(lambda _: self.pin())

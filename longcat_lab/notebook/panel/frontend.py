@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
-from typing import Any
+from html import unescape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longcat_lab.notebook.style import Bundle
 
 SAY_EVERY = 3.0  # seconds between two versions of a line of text
+NOTHING: Bundle = ({"text/html": "", "text/plain": ""}, {})  # holds the place of an output that comes later
 FROM_A_PAGE = ("cellId", "colab")  # in the metadata of a request to execute: JupyterLab, Notebook 7, VS Code; Colab
 
 
@@ -43,18 +49,29 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 class Place:
-    """A place in a notebook whose HTML can be replaced later, also when its cell has ended."""
+    """Words and below them a picture in a notebook, which can be replaced later, also when their cell has ended.
+
+    Two outputs, since a viewer that strips pictures in HTML shows one that stands by itself.
+    """
 
     def __init__(self) -> None:
-        self._handle: Any = None
+        self._handles: list[Any] = []
 
-    def show(self, html: str) -> None:
-        from IPython.display import HTML, display
+    def show(self, html: str, picture: Bundle = NOTHING) -> None:
+        from IPython.display import display
 
-        if self._handle is None:
-            self._handle = display(HTML(html), display_id=True)
+        outputs = [({"text/html": html, "text/plain": plain(html)}, {}), picture]
+        if not self._handles:
+            self._handles = [display(data, metadata=metadata, raw=True, display_id=True) for data, metadata in outputs]
         else:
-            self._handle.update(HTML(html))
+            for handle, (data, metadata) in zip(self._handles, outputs, strict=True):
+                handle.update(data, metadata=metadata, raw=True)
+
+
+def plain(html: str) -> str:
+    """The words of a piece of HTML, a line a paragraph."""
+    text = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
+    return unescape(re.sub(r"<[^>]*>", "", text.replace("</p>", "\n"))).strip()
 
 
 class Line:

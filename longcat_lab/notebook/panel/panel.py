@@ -14,7 +14,8 @@ from longcat_lab.config import RunConfig, load
 from longcat_lab.errors import LabError
 from longcat_lab.notebook.panel import words
 from longcat_lab.notebook.panel.earlier import compared, config_of, is_of, run_of, runs_in, same
-from longcat_lab.notebook.panel.frontend import Line, Place, cell, has_widgets, running_loop
+from longcat_lab.notebook.panel.ending import overview
+from longcat_lab.notebook.panel.frontend import NOTHING, Line, Place, cell, has_widgets, plain, running_loop
 from longcat_lab.notebook.panel.showing import Showing
 from longcat_lab.notebook.panel.trainer import Training, trains_in
 from longcat_lab.training import Run
@@ -74,6 +75,9 @@ class Panel(Showing):
         elif before is not None:
             with self._at_no_cost():
                 self._show_before(before)
+        elif self._view:
+            with self._at_no_cost():
+                self._view.curves.show(None)  # what will be drawn beside it can be looked at before
 
     @property
     def run(self) -> Run | None:
@@ -166,10 +170,9 @@ class Panel(Showing):
             self._view.say(words.failed(str(error), ""), None, trains=self._trains, guest=self._is_guest, as_html=True)
 
     def _begin(self, training: Training) -> Training:
-        self._training, self._follower, self._figure, self._ending = training, None, "", ""
+        self._training, self._follower, self._figure, self._ending, self._picture = training, None, "", "", NOTHING
         with self._at_no_cost():
-            for place in self._places:
-                place.show(self._static())
+            self._fill()
         if self._view:
             self._refresh()
             threading.Thread(target=self._watch, args=(training,), name="longcat_lab panel", daemon=True).start()
@@ -199,9 +202,13 @@ class Panel(Showing):
         self._loop = running_loop() or self._loop
         if self._view:
             display(self._view.widget)
+        else:
+            words, (data, metadata) = overview(self._config, self.path)
+            display({"text/html": words, "text/plain": plain(words)}, raw=True)
+            display(data, metadata=metadata, raw=True)
         self._places.append(Place())
         if self._trains:
-            self._places[-1].show(self._static())
+            self._fill()
         else:
             with self._at_no_cost():
                 self._draw(self._said)

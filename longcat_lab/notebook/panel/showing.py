@@ -13,9 +13,9 @@ from longcat_lab.ablation.job import one_line
 from longcat_lab.config import RunConfig
 from longcat_lab.notebook.panel import words
 from longcat_lab.notebook.panel.earlier import config_of, named, runs_in, same
-from longcat_lab.notebook.panel.ending import ending, overview
+from longcat_lab.notebook.panel.ending import AGAIN, ending
 from longcat_lab.notebook.panel.follow import Follower, read_all
-from longcat_lab.notebook.panel.frontend import Place
+from longcat_lab.notebook.panel.frontend import NOTHING, Place
 from longcat_lab.notebook.panel.trainer import Training
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Showing:
         self._closed: Training | None = None  # the training whose end has been shown
         self._places: list[Place] = []
         self._lock = threading.RLock()
-        self._figure = self._ending = self._said = ""  # the picture's key, its HTML, a sentence that stands for its summary
+        self._figure = self._ending = self._said = ""  # the picture's key, its summary as HTML, a sentence that stands for that
+        self._picture = NOTHING
         self._undrawn = ""  # why there is no picture
         self._listed: Path | None = None  # the run beside which others are offered
 
@@ -126,19 +127,19 @@ class Showing:
     def _draw(self, said: str = "") -> None:
         """The static picture, in each place where the panel stands; the canvas hides where it is shown."""
         run = self._follower if self._follower and self._follower.record else None
-        self._said, self._ending, self._figure = said, "", ""
+        self._said, self._ending, self._figure, self._picture = said, "", "", NOTHING
         if run and self._places:
-            self._ending, self._figure = ending(run.folder, self._beside(), said)
+            self._ending, self._figure, self._picture = ending(run.folder, self._beside(), said)
         elif said:
             self._ending = f"<p>{html.escape(said)}</p>"
-        for place in self._places:
-            place.show(self._static())
+        self._fill()
         if self._view and run:
             self._view.curves.show(run, self._name(config_of(run.folder)), self._figure)
 
-    def _static(self) -> str:
-        """What stands in the notebook's file: without widgets the overview too."""
-        return self._ending if self._view else overview(self._config, self.path) + self._ending
+    def _fill(self) -> None:
+        """Puts what stands in the notebook's file, below the widgets or the overview, into each place."""
+        for place in self._places:
+            place.show((AGAIN if self._view else "") + (self._ending or '<div class="longcat-panel-ending"></div>'), self._picture)
 
     # --- other runs ---------------------------------------------------------------------------------------------------------------
 
