@@ -128,6 +128,36 @@ def ngrams(
 
 
 @app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="a preset or a YAML file")],
+    overrides: Overrides = None,
+    cards: Annotated[int, typer.Option(help="cards; each has one rank, or one for each of its dies", min=1)] = 8,
+    card: Annotated[str, typer.Option(help="what they are: a name such as ascend-910c, or a YAML file")] = "ascend-910c",
+    network: Annotated[str | None, typer.Option(help="what they stand in; the card's own if not given")] = None,
+    sequence: Annotated[int | None, typer.Option(help="tokens of a sequence; 8192, or what the model takes", min=2)] = None,
+    batch: Annotated[int | None, typer.Option(help="sequences of a step; about 67 M tokens' worth, fewer for few cards", min=1)] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or muon; the configuration's own if not given")] = None,
+    top: Annotated[int, typer.Option(help="layouts that are shown", min=1)] = 3,
+    setting: Annotated[list[str] | None, typer.Option(help="not searched: pipeline=16, recompute=full, ...; may be repeated")] = None,
+    assumptions: Annotated[Path | None, typer.Option(help="a YAML file in place of the planner's own figures")] = None,
+    json: Annotated[Path | None, typer.Option(help="file that the plan is written to as well")] = None,
+) -> None:
+    """How a model would lie on many cards: layout, memory by stage, bytes on the wire, step time; without the cards."""
+    from longcat_lab.config import load
+    from longcat_lab.files import write_json
+    from longcat_lab.parallel.planner import plain, settings, told
+    from longcat_lab.parallel.planner import plan as search
+
+    fixed = settings(setting or ())
+    found = search(load(config, *(overrides or ())), cards, card, network, sequence, batch, optimizer, top, assumptions, config, **fixed)
+    typer.echo(told(found))
+    if json is not None:
+        write_json(json, plain(found))
+    if not found.best:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor() -> None:
     """What this machine has, and what each missing piece would need."""
     from longcat_lab.cli.doctor import examine

@@ -1,0 +1,36 @@
+"""How a model would lie on many cards, by arithmetic: memory, bytes on the wire, bubbles, time of a step. Needs no card and no process."""
+
+from longcat_lab.parallel.planner.estimate import Estimate, estimate
+from longcat_lab.parallel.planner.exact import Sent, Travelled, by_purpose, even, predict_step
+from longcat_lab.parallel.planner.hardware import Assumptions, Card, Network, assumptions, card, network
+from longcat_lab.parallel.planner.links import Fabric
+from longcat_lab.parallel.planner.report import plain, told
+from longcat_lab.parallel.planner.search import Plan, plan, settings
+from longcat_lab.parallel.planner.setup import Model, Setup, check_setup, read_setup, take_apart
+
+__all__ = [
+    "Assumptions",
+    "Card",
+    "Estimate",
+    "Fabric",
+    "Model",
+    "Network",
+    "Plan",
+    "Sent",
+    "Setup",
+    "Travelled",
+    "assumptions",
+    "by_purpose",
+    "card",
+    "check_setup",
+    "estimate",
+    "even",
+    "network",
+    "plain",
+    "plan",
+    "predict_step",
+    "read_setup",
+    "settings",
+    "take_apart",
+    "told",
+]
