@@ -17,6 +17,7 @@ from longcat_lab.data.batch import window_count
 from longcat_lab.errors import LabError, is_out_of_memory
 from longcat_lab.model import LongcatLM, build
 from longcat_lab.model.memory import check_memory
+from longcat_lab.parallel import faults
 from longcat_lab.parallel.checkpoint import Checkpoints
 from longcat_lab.parallel.placement import build_part
 from longcat_lab.parallel.world import World
@@ -67,6 +68,8 @@ class Session:
         self.device = world.device
         if config.training.growth:
             growth.check(config)
+            if world.size > 1:
+                raise LabError(f"training.growth stacks layers in one process, and there are {world.size}: start one, or leave growth out.")
         conversion.check(config)
         evaluation_arms.check(config)
         if world.size == 1:
@@ -145,11 +148,14 @@ class Session:
                 told = out_of_memory.sentence(self.config, self.device, self.step)
                 self._close("failed", str(told))
                 raise told from None
-            self._close("failed", f"{type(error).__name__}: {error}" if not isinstance(error, LabError) else str(error))
-            raise
+            told = faults.explained(error, f" at step {self.step + 1}", self.folder)
+            self._close("failed", f"{type(told).__name__}: {told}" if not isinstance(told, LabError) else str(told))
+            if told is error:
+                raise
+            raise told from error
         if not stopped:
             self.checkpoints.remove_all()
-        elif self.asked.is_set():
+        elif self.world.any(self.asked.is_set()):
             raise KeyboardInterrupt
 
     def _train(self) -> bool:
