@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import plugin_copies, store, superseded
+from longcat_lab.ablation import begun, executed, plugin_copies, store, superseded
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json
 
@@ -106,6 +106,8 @@ def _begin(folder: Path) -> dict[str, Any]:
     job |= {"attempts": job.get("attempts", 0) + 1, "host": socket.gethostname()}
     job["started"] = datetime.now(UTC).isoformat(timespec="seconds")
     plugin_copies.here(folder.parents[2], run)
+    if job["attempts"] == 1 and (folder.parents[2] / "ablation.yaml").is_file():  # later attempts keep what the first one was asked
+        run["asked"] = begun.asked(store.read_question(folder.parents[2]))
     run |= {"status": "running", "reason": None}
     write_json(folder / "run.json", run)
     return run
@@ -120,6 +122,9 @@ def _record(folder: Path, stopped: str | None, error: str | None, began: float) 
         job["notebook_error"] = error  # also when a cell after the finished run failed
     else:
         job.pop("notebook_error", None)
+    job.pop("notebook_sha256", None)
+    with contextlib.suppress(OSError):  # it left none
+        job["notebook_sha256"] = executed.digest(folder / "notebook.ipynb")
     said = run.get("reason") if run.get("status") in ("failed", "interrupted") else None
     if run.get("status") == "finished":
         pass
@@ -162,7 +167,12 @@ def main(folder: Path) -> int:
     try:
         if watch.reason is None:
             notebook = Path(run["job"]["notebook"])
-            execute(notebook, folder / "notebook.ipynb", {"job_folder": str(folder)}, lambda manager: setattr(watch, "manager", manager))
+            try:
+                execute(
+                    notebook, folder / "notebook.ipynb", {"job_folder": str(folder)}, lambda manager: setattr(watch, "manager", manager)
+                )
+            finally:
+                executed.hold(folder / "notebook.ipynb")
     except Exception as problem:  # anything at all must end as one line in run.json
         error = _said(problem, watch)
         print(error, flush=True)
@@ -170,7 +180,18 @@ def main(folder: Path) -> int:
     status = _record(folder, watch.reason, error, began)
     if watch.reason is None:
         settle(folder)
+        _unlink(folder / "wandb")
     return status
+
+
+def _unlink(tracked: Path) -> None:
+    """Removes what a tracker's client links to in its own folder by absolute paths: a copy of the sweep elsewhere could not follow."""
+    if (read_json(tracked / "state.json") or {}).get("state") in ("starting", "logging"):
+        return  # it still writes there
+    for path in tracked.rglob("*"):
+        if path.is_symlink():
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _said(problem: Exception, watch: Watch) -> str:

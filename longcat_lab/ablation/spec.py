@@ -82,7 +82,7 @@ class Ablation(Node):
     copied: dict[str, dict[str, str]] = Field(
         default_factory=dict, description="written by the runner: copy of each plugin -> the file that it is of, and its hash"
     )
-    changes: list[str] = Field(default_factory=list, description="written by the runner: what was edited after jobs had finished")
+    changes: list[str] = Field(default_factory=list, description="written by the runner: what was edited after a job had begun")
     before: dict[str, Any] = Field(default_factory=dict, description="written by the runner: the same as it was before any of that")
 
     @property

@@ -43,7 +43,8 @@ def job_folder(folder: Path, variant: str, seed: int) -> Path:
 
 
 def write_question(folder: Path, ablation: Ablation, solution: Solution) -> None:
-    """ablation.yaml: the question with what was solved, itself a valid question file; says when it was edited after answers were there."""
+    """ablation.yaml: the question with what was solved, itself a valid question file; says when it was edited after a job had begun."""
+    from longcat_lab.ablation import begun
     from longcat_lab.config.yaml import write_yaml
 
     solved = {name: {"moved": solution.moved.get(name, {}), "totals": totals} for name, totals in solution.totals.items()}
@@ -54,24 +55,20 @@ def write_question(folder: Path, ablation: Ablation, solution: Solution) -> None
     if (folder / "ablation.yaml").is_file():
         before = read_question(folder)
         changes, first = list(before.get("changes") or []), dict(before.get("before") or {})
-        not_asked = ("solved", "copied", "changes", "before")
-        edited = [key for key in {**before, **now} if _asked(before, key) != _asked(now, key) and key not in not_asked]
+        edited = begun.edited(before, now)
         edited += [name for name, told in copied.items() if told["sha256"] != (before.get("copied") or {}).get(name, told).get("sha256")]
-        runs = [read_run(job_folder(folder, name, seed)) for name in settled for seed in ablation.seeds]
-        if edited and (done := sum(run is not None and run.get("status") == "finished" for run in runs)):
-            changes.append(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {', '.join(edited)} edited when {done} jobs had finished")
-            first = {key: before[key] for key in edited if key in before} | first  # the oldest wording stays
+        jobs = begun.begun(folder)  # also those that this question does not plan: their answers may have been looked at
+        edited += sorted(
+            {key for key, _, _ in begun.disagreements(before, jobs)} - set(edited)
+        )  # the file was edited itself, and run again
+        if edited and jobs:
+            when = begun.edited_when(jobs, {(name, seed) for name in settled for seed in ablation.seeds})
+            changes.append(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {', '.join(edited)} edited when {when}")
+            was = (before | begun.at_start(before, jobs)).items()
+            first = {key: value for key, value in was if key in edited} | first  # the oldest wording stays
         now |= stated({"changes": changes, "before": first})
     text = write_yaml(now)
     write_whole(folder / "ablation.yaml", lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def _asked(question: dict[str, Any], key: str) -> Any:
-    """What `key` holds, without where it is tracked: that decides no number."""
-    value = question.get(key)
-    if key == "set" and isinstance(value, dict):
-        return {name: v for name, v in value.items() if name != "track" and not name.startswith("tracking.")} or None
-    return value
 
 
 def stated(question: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ What is said is made in `ablation.report`, from the folder alone, and checked ag
 
 from __future__ import annotations
 
-import html
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from longcat_lab.ablation import read_sweep, summary
 from longcat_lab.ablation.report import content, cost, points
 from longcat_lab.ablation.report import html as markup
-from longcat_lab.ablation.report.record import configurations
+from longcat_lab.ablation.report.configured import configurations
 from longcat_lab.budget import budget
 from longcat_lab.config import load
 from longcat_lab.errors import LabError
@@ -29,6 +28,7 @@ class Page:
         self.ablation, self.results = self.sweep.ablation, self.sweep.results
         self.summary = summary(self.results, self.ablation)
         self.parts = content.parts(self.sweep, self.summary)
+        self.classes = content.classes(self.summary)
         self.facts = content.facts(self.sweep, self.summary, self.parts)
         self.figures: dict[str, dict[str, Any]] = self.facts["figures"]
 
@@ -38,14 +38,13 @@ class Page:
         if text := "\n".join(piece for piece in pieces if piece):
             display(HTML(text))
 
-    def _part(self, name: str, classes: tuple[str, ...] = ()) -> str:
-        return markup.of_part(name, self.parts[name], classes) if name in self.parts else ""
+    def _part(self, name: str) -> str:
+        return markup.of_part(name, self.parts[name], self.classes.get(name, ())) if name in self.parts else ""
 
     def answer(self) -> None:
         """Question, hypothesis as it was before the run, the answer in one sentence, and each claim."""
-        boxes = tuple(f"lab-verdict lab-{verdict.verdict.replace(' ', '-')}" for verdict in self.summary.verdicts)
-        said = f'<div class="lab-answer">{self._part("answer")}</div>'
-        self._show(self._part("question"), self._part("hypothesis"), said, self._part("claims", boxes), self._part("reading"))
+        said = self._part("answer").join(content.ANSWER)
+        self._show(self._part("question"), self._part("hypothesis"), said, self._part("claims"), self._part("reading"))
 
     def effect(self) -> None:
         """Paired differences with intervals, of claims and of every arm against the baseline; seeds for smaller effects; the arms."""
@@ -55,14 +54,14 @@ class Page:
             drawn = differences(self.summary.verdicts, a.smallest_effect, a.metric, rest, "differences")
             self._show(picture(drawn, f"Paired differences in {a.metric} with their intervals", "differences"))
         else:
-            self._show("<p>No pair of jobs is complete yet: there is no difference to draw.</p>")
-        title = "<h3>{}</h3>".format
+            self._show(content.SENTENCES["no pair"])
+        title = content.TITLES
         if self.summary.verdicts:
-            self._show(title("Claims"), self._part("claims-table"))
-        self._show(title("Against the baseline") if "baseline-table" in self.parts else "", *map(self._part, _NAMES["baseline"]))
+            self._show(title["claims"], self._part("claims-table"))
+        self._show(title["baseline"] if "baseline-table" in self.parts else "", *map(self._part, _NAMES["baseline"]))
         if self.parts["seeds-table"].rows:
-            self._show(title("Seeds for a smaller effect"), self._part("seeds-table"))
-        self._show(title("Arms"), self._part("arms"), self._part("secondary"))
+            self._show(title["seeds"], self._part("seeds-table"))
+        self._show(title["arms"], self._part("arms"), self._part("secondary"))
 
     def learning(self) -> None:
         """Curves of the arms over training: the loss, and the primary metric where it was logged."""
@@ -71,7 +70,7 @@ class Page:
                 words = f"{figure['y']} of each arm over tokens, mean and range of its seeds"
                 self._show(picture(band_curves(figure["series"], figure["y"], name), words, name))
         if not any(name.startswith("curve-") for name in self.figures):
-            self._show("<p>No job has left a curve yet.</p>")
+            self._show(content.SENTENCES["no curve"])
 
     def fairness(self) -> None:
         """What the arms cost beside what they reach, under all four conventions, and which of them was held equal."""
@@ -82,21 +81,21 @@ class Page:
             self._show(picture(drawn, f"{self.ablation.metric} of each arm over four measures of its cost", "cost"))
         tables, why = self._budgets()
         if tables:
-            self._show(picture(architecture_costs(tables), "Parameters and FLOPs of each arm by part"))
-        self._show(f"<p>{html.escape(why)}</p>" if why else "")
+            self._show(picture(architecture_costs(tables), content.BY_PART))
+        self._show(content.SENTENCES.get(why, ""))
 
     def _budgets(self) -> tuple[dict[str, Any], str]:
-        """Arm -> parameters and FLOPs by part, as this code counts them; only while they add up to what the jobs recorded."""
+        """Arm -> parameters and FLOPs by part, as this code counts them, or none and the key of the sentence that says why."""
         found, recorded = {}, cost.costs(self.sweep)
         for name, config in configurations(self.sweep).items():
             if config.get("plugins"):
-                return {}, "Parameters by part are not drawn: this sweep has blocks of its own, and a page runs no code of its folder."
+                return {}, "own blocks"  # loading them would run code of the folder
             try:
                 table = budget(load(config))
             except (LabError, OSError):  # settings or plugins of another time
-                return {}, "Parameters by part are not drawn: this version of the code does not read these configurations."
+                return {}, "other settings"
             if not math.isclose(table.loc["total", "params"], recorded[name]["total_params"] or math.nan, rel_tol=1e-6):
-                return {}, "Parameters by part are not drawn: this version of the code counts other totals than the jobs recorded."
+                return {}, "other totals"
             found[name] = table
         return found, ""
 
@@ -109,8 +108,8 @@ class Page:
         self._show(self._part("limits"))
 
     def jobs(self) -> None:
-        """Every planned job, how it ended, and where its notebook is."""
-        self._show(self._part("jobs-sum"), self._part("jobs-table"))
+        """Every planned job, how it ended, and where its notebook is; and what else has begun in the folder."""
+        self._show(self._part("jobs-sum"), self._part("jobs-table"), self._part("not-planned"))
 
     def configuration(self) -> None:
         """What each arm sets otherwise than the baseline, the baseline's configuration, and the question file."""

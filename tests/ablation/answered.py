@@ -25,17 +25,30 @@ folder = Path(job_folder)
 record = json.loads((folder / "run.json").read_text())
 config = record["config"]
 seed = config["seed"]
+def log(rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "metrics.parquet")
+
+budget = ["params", "active params", "FLOPs/token", "bytes/token"]
+totals = ["total_params", "active_params", "flops_per_token", "state_bytes_per_token"]
+rows = [["block", *budget], ["all", *(record["budget"][key] for key in totals)]]
+rows.append(["total", *rows[1][1:]])
+table = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+text = "\\n".join(" ".join(map(str, row)) for row in rows)
+display({"text/html": f"<table>{table}</table>", "text/plain": text}, raw=True)
 if config["behaviour"] == "raise" and seed == 3:
+    log([{"step": 1, "tokens": 9600, "loss": 8.0, "validation_bpb": None}])
     raise ValueError("loss is not finite at step 3")
 noise = [0.0, 0.013, -0.007, 0.004][seed]
 value = 2.0 + (config["effect"] + noise) * (1 + 0.05 * seed)
 rows = [{"step": s, "tokens": 64 * s, "loss": 9.0 / s + value, "validation_bpb": None} for s in range(1, 301)]
 for row in rows[9::10]:
     row["validation_bpb"] = value + 1 / row["step"]
-parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "metrics.parquet")
+log(rows)
 final = {"validation_bpb": value, "shuffled_bpb": 8.0 + noise, "tokens": 19200, "train_loss": float("nan")}
 timings = {"training_seconds": 5.0 + seed, "tokens_per_second": 3840.0, "steps_done": 300, "peak_memory_bytes": 123456789}
-made = {"commit": "c0ffee" * 6 + "c0ff", "dirty": True, "data": "d" * 64, "versions": {"torch": "2"}, "python": "3", "device": "cpu"}
+made = {"commit": "c0ffee" * 6 + "c0ff", "dirty": True, "untracked": ["notes.txt", "try.py"], "data": "d" * 64}
+made |= {"versions": {"torch": "2"}, "python": "3", "device": "cpu"}
 (folder / "uncommitted.diff").write_text("- old line\\n+ new line\\n")
 record |= {"status": "finished", "reason": None, "final": final, "timings": timings, "provenance": made, "not_engaged": []}
 (folder / "part").write_text(json.dumps(record))

@@ -12,9 +12,10 @@ import pytest
 from fake_rooms import FAKE, write_question
 from test_ablation_store import ARMS, Pretend, finish, quiet
 
-from longcat_lab.ablation import JobsFailed, LabInterrupted, load_results, read_sweep, run
+from longcat_lab.ablation import JobsFailed, LabInterrupted, load_results, read_sweep, run, summary
 from longcat_lab.ablation.job import _begin
 from longcat_lab.ablation.jobs import Job
+from longcat_lab.ablation.report import content
 from longcat_lab.ablation.store import check_folder
 from longcat_lab.errors import LabError
 
@@ -172,3 +173,86 @@ def test_metric_that_no_job_has_stops_what_runs(tmp_path: Path) -> None:
     with pytest.raises(LabError, match="'metric' names 'nothing'"):
         run(question, out, 2, rooms=FAKE, executor=Endless(finish), console=quiet())
     assert "b/seed-0" in stopped and list(load_results(out)["status"]) == ["finished", "interrupted"]
+
+
+# ---- an edited question, and what has begun in its folder
+
+
+def begin(folder: Path, status: str, **more: Any) -> None:
+    """Turns a job that has finished into one that ended otherwise, or has only logged."""
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5}\n')
+    (folder / "run.json").write_text(json.dumps({**record, "status": status, "final": {}, **more}))
+
+
+def asked_again(tmp_path: Path, prepare: Callable[[Path], Any], **change: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A sweep of two jobs, then what `prepare` does to its folder, then the question once more; what file and page say of it."""
+    out = tmp_path / "out"
+    run(write_question(tmp_path, ARMS), out, rooms=FAKE, executor=Pretend(really), console=quiet())
+    prepare(out)
+    variants = change.pop("variants", ARMS)
+    asked = {**change, "hypothesis": "a is better"}
+    run(write_question(tmp_path, variants, **asked), out, rooms=FAKE, executor=Pretend(really), console=quiet())
+    sweep = read_sweep(out)
+    said = content.parts(sweep, summary(sweep.results, sweep.ablation))
+    return sweep.ablation.to_dict(), (*said["hypothesis"].lines, *said["not-planned"].lines)
+
+
+NEVER = ("Hypothesis, written before running: a is better", "has not been edited")
+
+
+def test_new_seeds_in_a_folder_with_answers_do_not_make_a_hypothesis_new(tmp_path: Path) -> None:
+    asked, said = asked_again(tmp_path, lambda out: None, seeds=[1, 2])
+    assert said[0] == "Hypothesis, written before running: b is better" and not any(words in line for words in NEVER for line in said)
+    (change,) = asked["changes"]
+    assert change.endswith("hypothesis, seeds edited when 2 jobs had finished; no longer planned: a/seed-0, b/seed-0")
+    assert "not planned by this question: jobs/a/seed-0 (done, validation_bpb 2.0000); jobs/b/seed-0 (done, validation_bpb" in said[-1]
+
+
+def test_renamed_variants_do_not_make_a_hypothesis_new(tmp_path: Path) -> None:
+    renamed = {"base": {}, "other": {"effect": -0.1}}
+    asked, said = asked_again(tmp_path, lambda out: None, variants=renamed)
+    assert said[0] == "Hypothesis, written before running: b is better" and not any(words in line for words in NEVER for line in said)
+    assert "edited when 2 jobs had finished; no longer planned: a/seed-0, b/seed-0" in asked["changes"][0]
+
+
+@pytest.mark.parametrize("status", ["interrupted", "failed"])
+def test_curves_of_jobs_that_did_not_finish_count_as_seen(tmp_path: Path, status: str) -> None:
+    asked, said = asked_again(tmp_path, lambda out: [begin(folder, status) for folder in out.glob("jobs/*/*")])
+    assert said[0] == "Hypothesis, written before running: b is better" and not any(words in line for words in NEVER for line in said)
+    assert asked["changes"][0].endswith("hypothesis edited when 2 jobs had begun")
+
+
+def test_what_was_set_aside_counts_as_seen(tmp_path: Path) -> None:
+    def aside(out: Path) -> None:
+        (out / "superseded" / "0123").mkdir(parents=True)
+        for folder in list(out.glob("jobs/*")):
+            folder.rename(out / "superseded" / "0123" / folder.name)
+
+    asked, said = asked_again(tmp_path, aside)
+    assert said[0] == "Hypothesis, written before running: b is better" and not any(words in line for words in NEVER for line in said)
+    assert asked["changes"][0].endswith("hypothesis edited when 2 jobs had finished")
+    assert "set aside because configuration, data or code changed later: superseded/0123/a/seed-0 (done, validation_bpb" in said[-1]
+
+
+def test_an_edit_before_anything_began_is_none(tmp_path: Path) -> None:
+    def not_begun(out: Path) -> None:
+        for folder in out.glob("jobs/*/*"):
+            begin(folder, "planned", asked=None, job={"notebook": "job.ipynb"})
+            (folder / "metrics.jsonl").unlink()
+
+    asked, said = asked_again(tmp_path, not_begun)
+    assert asked["changes"] == [] and said[0] == "Hypothesis, written before running: a is better"
+    assert said[1].startswith("The question file has not been edited since a job began. The first of the jobs here started 2")
+
+
+def test_an_edit_of_the_sweeps_own_file_is_found_when_it_is_run_again(tmp_path: Path) -> None:
+    """Each job has kept what was asked; so the file cannot be edited and then pass for what was written before running."""
+
+    def by_hand(out: Path) -> None:
+        text = (out / "ablation.yaml").read_text()
+        (out / "ablation.yaml").write_text(text.replace("b is better", "a is better"))
+
+    asked, said = asked_again(tmp_path, by_hand)
+    assert asked["before"] == {"hypothesis": "b is better"} and asked["changes"][0].endswith("hypothesis edited when 2 jobs had finished")
+    assert said[:2] == ("Hypothesis, written before running: b is better", "The hypothesis was edited later, to: a is better")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 import yaml
 from fake_rooms import FAKE, write_question
 
-from longcat_lab.ablation import JobsFailed, load_results, read_sweep, run
+from longcat_lab.ablation import JobsFailed, executed, load_results, read_sweep, run
 from longcat_lab.ablation import store as stores
 from longcat_lab.errors import LabError
 
@@ -192,3 +193,24 @@ def test_other_folders_are_not_touched(tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["ablation.yaml", "thesis.tex"]
     with pytest.raises(LabError, match="is a file"):
         run(question, out / "thesis.tex", rooms=FAKE)
+
+
+def test_a_job_that_prints_much_leaves_a_small_notebook_and_no_link_that_a_copy_cannot_follow(tmp_path: Path) -> None:
+    """Three megabytes of prints and links as a tracker's client makes them; what is cut is said, and the folder can be copied."""
+    code = fake_rooms.CODE + (
+        'print("first line")\nfor _ in range(30):\n    print("y" * 100_000)\nprint("last line")\n'
+        '(folder / "wandb" / "logs").mkdir(parents=True)\n(folder / "wandb" / "debug.log").symlink_to("/nowhere/debug.log")\n'
+        '(folder / "wandb" / "logs" / "core.log").symlink_to(folder.resolve() / "gone.log")\n'
+    )
+    fake_rooms.write_notebook(tmp_path / "job.ipynb", fake_rooms.PARAMETERS, fake_rooms.HELLO, code)
+    out = run(write_question(tmp_path, {"a": {}}), tmp_path / "out", rooms=FAKE)
+    path = out / "jobs/a/seed-0/notebook.ipynb"
+    assert path.stat().st_size <= executed.LARGEST
+    notebook = nbformat.read(path, as_version=4)
+    assert [each.execution_count for each in notebook.cells] == [1, 2, 3, 4] and notebook.cells[2].outputs[0].text.startswith("threads")
+    (said,) = [output.text for output in notebook.cells[-1].outputs]
+    assert said.startswith("first line\n") and said.endswith("last line\n")
+    assert "characters of what was printed are left out here: a job's notebook is held to 1 MB; what is large belongs into a file." in said
+    kept = record(out, "a/seed-0")
+    assert kept["job"]["notebook_sha256"] == executed.digest(path) and kept["asked"]["hypothesis"] == "b is better"
+    assert shutil.copytree(out, tmp_path / "copy") and (tmp_path / "copy/jobs/a/seed-0/wandb/logs").is_dir()

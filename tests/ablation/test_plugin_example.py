@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from longcat_lab.ablation import load_results
+from longcat_lab.ablation import check, load_results
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "plugins"
@@ -46,3 +47,8 @@ def test_the_examples_sweep_runs_and_is_reported(tmp_path: Path) -> None:
     text = (moved / "report.html").read_text(encoding="utf-8")
     assert "a page runs no code of its folder" in text
     assert "Of sixteen keys a query" in text and re.search("seen|not resolvable", text)
+
+    # Wherever the sweep is copied to, its page agrees with it: nothing on it names the place where it was made.
+    assert "plugins/rule.py" in text and str(tmp_path) not in re.sub(r'<pre data-part="question-file">.*?</pre>', "", text, flags=re.DOTALL)
+    copy = shutil.copytree(moved, tmp_path / "elsewhere" / "copy")
+    assert check(copy) == []

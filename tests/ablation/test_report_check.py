@@ -16,6 +16,8 @@ import pytest
 
 from longcat_lab.ablation import check, read_sweep
 from longcat_lab.ablation.report import html
+from longcat_lab.ablation.report.render import settle_results
+from longcat_lab.ablation.store import Lock
 from longcat_lab.errors import LabError
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for nine jobs, each in a kernel of its own
@@ -248,8 +250,8 @@ def test_the_command_fails_with_a_sentence_each(copied: Path) -> None:
         check(copied)
 
 
-def test_a_job_that_ended_after_the_table_was_written_is_no_disagreement(copied: Path) -> None:
-    """The driver was killed: the table still says running, run.json is the truth, and the page agrees with it."""
+def test_a_table_that_its_driver_did_not_live_to_write_is_told_and_mended(copied: Path) -> None:
+    """The driver was killed: the table still says running, run.json is the truth; a live driver's table may lag behind."""
 
     def before(frame: pandas.DataFrame) -> pandas.DataFrame:
         frame["status"] = frame["status"].astype(object)
@@ -257,5 +259,11 @@ def test_a_job_that_ended_after_the_table_was_written_is_no_disagreement(copied:
         return frame
 
     edit_parquet(copied / "results.parquet", before)
-    assert check(copied) == []
     assert read_sweep(copied).results["status"].tolist() == ["finished"] * 7 + ["failed"]
+    lock = Lock.take(copied)
+    assert lock is not None and check(copied) == []
+    lock.release()
+    (told,) = check(copied)
+    assert re.match(r"results.parquet calls a/seed-0 running, jobs/a/seed-0/run.json calls it finished: render the report again", told)
+    settle_results(read_sweep(copied))
+    assert check(copied) == []

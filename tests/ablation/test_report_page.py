@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import pandas
@@ -17,6 +19,7 @@ from fake_rooms import question
 
 from longcat_lab.ablation import check, judge, read, read_sweep, summary
 from longcat_lab.ablation.report import content, html
+from longcat_lab.ablation.report.drawn import readings
 from longcat_lab.ablation.report.judged import answer
 from longcat_lab.ablation.report.render import LARGEST, job_page
 
@@ -74,6 +77,8 @@ def test_differences_are_those_of_the_jobs(sweep: Path, page: html.Shown) -> Non
     shown = column(page, "claims-table", "difference in validation_bpb")["b − a"]
     assert shown == f"{mean:+.3g}"
     assert column(page, "claims-table", "95 % interval")["b − a"] == f"{mean - half:+.3g} to {mean + half:+.3g}"
+    effect = "smallest effect these seeds could resolve (one comparison)"
+    assert column(page, "claims-table", effect) == column(page, "baseline-table", effect)
     assert column(page, "baseline-table", "pairs") == {"b − a": "3"} and "Leftout:seed3(bfailed)" in lines(page, "claims")
     needed = page.tables["seeds-table"][1]
     assert page.tables["seeds-table"][0][2:] == [f"pairs to resolve {effect}" for effect in ("0.01", "0.005", "0.0025")]
@@ -104,6 +109,7 @@ def test_configuration_is_a_difference_to_the_baseline(page: html.Shown) -> None
 def test_provenance_shows_what_was_in_no_commit(page: html.Shown) -> None:
     made = column(page, "provenance-table", "7 jobs")
     assert made["commit"] == "c0ffeec0ffee + uncommitted changes" and made["data"] == "d" * 16
+    assert made["files in no commit"] == "2: notes.txt, try.py"
     diffs = [text for part, (text,) in page.texts.items() if part.startswith("diff-")]
     assert diffs == ["-oldline+newline"]
     assert "jobs/a/seed-0/uncommitted.diff" in page.links
@@ -121,6 +127,9 @@ def test_everything_opens_without_a_network_and_is_small(sweep: Path, page: html
         assert (sweep / link).exists(), link
     failed = (sweep / "jobs/b/seed-3/notebook.html").read_text(encoding="utf-8")
     assert "loss is not finite at step 3" in failed and "ansi-red" in failed
+    said = "This job failed: ValueError: loss is not finite at step 3."
+    assert failed.index(said) < failed.index("<details><summary>Traceback</summary>") < failed.index('class="ansi-red')
+    assert "This job" not in rendered[0].read_text(encoding="utf-8")
 
 
 def test_notebooks_are_rendered_again_only_where_they_changed(sweep: Path, tmp_path: Path) -> None:
@@ -132,7 +141,9 @@ def test_notebooks_are_rendered_again_only_where_they_changed(sweep: Path, tmp_p
     nbformat.write(notebook, folder / "notebook.ipynb")
     page = job_page(folder, "a job")
     assert page is not None and page.stat().st_mtime_ns > 1 and page.stat().st_size <= LARGEST
-    assert "is left out of this page" in page.read_text(encoding="utf-8") and "validation_bpb" in page.read_text(encoding="utf-8")
+    assert "are left out here: the notebook beside this page has it" in page.read_text(
+        encoding="utf-8"
+    ) and "validation_bpb" in page.read_text(encoding="utf-8")
     (folder / "notebook.ipynb").write_text('{"cells": [')
     assert job_page(folder, "a job") is None
 
@@ -159,6 +170,31 @@ def test_half_a_sweep(sweep: Path, tmp_path: Path) -> None:
     found = read_sweep(half)
     made = content.parts(found, summary(found.results, found.ablation))
     assert made["jobs-sum"].lines == ("8 planned jobs: 4 done, 1 failed, 2 skipped, 1 unaccounted for.",)
+
+
+def test_the_curve_of_a_failed_seed_has_its_name_and_a_mark(sweep: Path) -> None:
+    """It has logged one row: a mark and no line, and a key of its own in the legend, whose words are glyphs."""
+    text = (sweep / "report.html").read_text(encoding="utf-8")
+    svg = re.search(r'<svg[^>]*data-figure="curve-loss".*?</svg>', text, re.DOTALL)
+    assert svg is not None
+    series = json.loads(html.shown(text).facts)["figures"]["curve-loss"]["series"]
+    (place,) = [i for i, each in enumerate(series) if each.get("seed") == 3]
+    assert series[place] | {"x": [9600], "y": [8.0]} == series[place] and series[place]["status"] == "failed"
+    drawn = re.search(rf'<g id="lab-curve-loss-{place}">.*?</g>\s*</g>', svg[0], re.DOTALL)
+    assert drawn and drawn[0].count("<use") == 1
+    key = re.search(rf'<g id="lab-curve-loss-legend-{place}">(.*?</g>)\s*</g>', svg[0], re.DOTALL)
+    assert key and "b, seed 3 (failed)" in readings(ElementTree.fromstring(f'<g xmlns:xlink="x">{key[1]}</g>'))
+
+
+def test_comparisons_are_counted_where_their_number_decides(sweep: Path) -> None:
+    results = pandas.read_parquet(sweep / "results.parquet")
+    more = pandas.concat([results, results[results["variant"] == "b"].assign(variant="c")])
+    asked = question({"a": {}, "b": {}, "c": {}}, seeds=[0, 1, 2, 3], claims=[{"better": "b", "than": "a"}])
+    found = read_sweep(sweep)
+    both = replace(found, results=more, ablation=read(asked))
+    made = content.parts(both, summary(more, both.ablation))
+    assert "smallest effect these seeds could resolve (one comparison)" in made["claims-table"].columns
+    assert "smallest effect these seeds could resolve (as one of 2 comparisons)" in made["baseline-table"].columns
 
 
 # ---- the answer

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import store
-from longcat_lab.ablation.report import check_jobs, content, html
+from longcat_lab.ablation import begun, store
+from longcat_lab.ablation.report import check_jobs, check_notebooks, configured, content, html, whole
 from longcat_lab.ablation.report.parts import Lines, Part
 from longcat_lab.ablation.statistics import summary
 from longcat_lab.errors import LabError
@@ -19,11 +19,11 @@ DRAWN = 1e-4  # of points, which have six digits
 
 
 def check(folder: str | Path) -> list[str]:
-    """Compare FOLDER/report.html and report.ipynb with what the folder holds, and the folder's parts with each other.
+    """Compare FOLDER/report.html and report.ipynb with what the folder holds and with each other, and the folder's parts likewise.
 
     Returns:
         A sentence a disagreement: a number that differs, a notebook that was not executed from top to bottom, a planned job that is
-        nowhere, a file that is missing. Empty where all agree.
+        nowhere, a file that is missing, anything on the page that the folder does not give. Empty where all agree.
 
     Raises:
         LabError: there is no sweep in the folder, or no page yet.
@@ -36,17 +36,20 @@ def check(folder: str | Path) -> list[str]:
     said = summary(sweep.results, sweep.ablation)
     made = content.parts(sweep, said)
     facts = content.facts(sweep, said, made)
-    problems = [*check_jobs.planned(sweep), *check_jobs.jobs(sweep)]
-    page = html.shown(path.read_text(encoding="utf-8"))
+    problems = [*check_jobs.planned(sweep), *check_notebooks.jobs(sweep), *configured.uneven(sweep)]
+    problems += begun.sentences(store.read_question(folder), begun.begun(folder))
+    text = path.read_text(encoding="utf-8")
+    page = html.shown(text)
     problems += _page(path.name, page, made, facts)
     for link in dict.fromkeys(page.links):
         if "://" not in link and not link.startswith("#") and not (folder / link).exists():
             problems.append(f"{path.name} links to {link}, which is not there.")
     if notebook.is_file():
-        problems += check_jobs.counts(notebook, whole=True)
-        if (read := check_jobs.read_notebook(notebook)) is not None:
+        problems += check_notebooks.counts(notebook, whole=True)
+        if (read := check_notebooks.read_notebook(notebook)) is not None:
             shown = [o.get("data", {}).get("text/html", "") for cell in read.cells for o in cell.get("outputs", [])]
             problems += _page(notebook.name, html.shown("\n".join(shown)), made, facts)
+            problems += [*whole.sources(read), *whole.outputs(read, made, said, facts), *whole.page(text, sweep, read, page)]
     else:
         problems.append(f"{notebook.name}, of which the page was made, is missing.")
     return problems
@@ -66,8 +69,7 @@ def _page(name: str, page: html.Shown, made: dict[str, Part], facts: dict[str, A
             rows = [list(what.columns), *([cell.text for cell in row] for row in what.rows)]
             problems += _some(_cells(name, part, page.tables.get(part, []), rows), f"cells of table '{part}' in {name}")
     problems += [f"{name} shows a part '{part}', which the run folder does not give." for part in page.texts if part not in made]
-    loose = [text for text in page.rest if any(letter.isdigit() for letter in text)]
-    problems += [f"{name} shows '{text[:80]}', which stands in no part that can be checked." for text in loose[:MOST]]
+    problems += whole.loose(name, page, made)[:MOST]
     return problems + _json(name, page.facts, facts)
 
 

@@ -74,6 +74,8 @@ def of_sweep(sweep: Sweep) -> dict[str, list[dict[str, Any]]]:
         series = bands({name: tables for name, tables in done.items() if tables}, metric)
         for variant, seed, status, table in rest:
             series += [{**each, "seed": seed, "status": status} for each in bands({variant: [table]}, metric)]
-        if any(len(each["x"]) > 1 for each in series):
+        if any(
+            len(each["x"]) > 1 or "seed" in each for each in series
+        ):  # what a seed that ended badly has logged is drawn, if only a point
             found[metric] = series
     return found

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 FACTS = "lab-facts"  # id of the element that holds the page's numbers as JSON
 # A browser then fetches nothing for this page, whatever an output of a notebook asks for.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; font-src data:"
+QUIET = {"script", "style", "title", "metadata"}  # elements whose text nobody reads on the page; a picture's metadata is one
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
 
@@ -65,14 +66,21 @@ def of_facts(facts: dict[str, Any]) -> str:
 
 def page(title: str, body: str, *, script: bool = False, style: str = "", meta: dict[str, str] | None = None) -> str:
     """A whole file around `body`: the house's style, light or dark as the reader has it, and where asked for the script of the figures."""
+    before, after = shell(title, script=script, style=style, meta=meta)
+    return before + body + after
+
+
+def shell(title: str, *, script: bool = False, style: str = "", meta: dict[str, str] | None = None) -> tuple[str, str]:
+    """What stands before and after the body of such a file."""
     noted = "".join(f'<meta name="{html.escape(name)}" content="{html.escape(value)}">' for name, value in (meta or {}).items())
     look = (HERE / "page.css").read_text(encoding="utf-8") + style
     run = f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>" if script else ""
-    return (
+    before = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">{noted}\n'
-        f"<title>{html.escape(title)}</title>\n<style>{look}</style></head>\n<body><main>\n{body}\n</main>{run}</body></html>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{look}</style></head>\n<body><main>\n"
     )
+    return before, f"\n</main>{run}</body></html>\n"
 
 
 # ---- reading a page
@@ -85,7 +93,8 @@ class Shown:
     Attributes:
         texts: part -> its whole text, without white space; a part that is there twice has both.
         tables: part -> rows of cells' texts, the head's row first.
-        rest: text outside the parts and outside what a notebook's author wrote.
+        rest: text outside the parts and outside what a notebook's author wrote, that of pictures and folded titles included.
+        authored: what a notebook's author wrote, without white space.
         links: addresses.
         facts: the text of the JSON element.
         meta: name -> content.
@@ -94,6 +103,7 @@ class Shown:
     texts: dict[str, list[str]] = field(default_factory=dict)
     tables: dict[str, list[list[str]]] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
+    authored: str = ""
     links: list[str] = field(default_factory=list)
     facts: str = ""
     meta: dict[str, str] = field(default_factory=dict)
@@ -114,7 +124,7 @@ class _Reader(HTMLParser):
             self.shown.links.append(given["href"])
         if tag in VOID:
             return
-        kind = "facts" if given.get("id") == FACTS else "quiet" if tag in ("script", "style", "svg", "title", "summary", "button") else ""
+        kind = "facts" if given.get("id") == FACTS else "quiet" if tag in QUIET else ""
         if "data-part" in given:
             kind, self.part = "part", given["data-part"]
             self.shown.texts.setdefault(self.part, []).append("")
@@ -151,8 +161,40 @@ class _Reader(HTMLParser):
             rows = self.shown.tables.get(self.part)
             if rows and rows[-1]:
                 rows[-1][-1] += data
-        elif "authored" not in kinds and data.strip():
+        elif "authored" in kinds:
+            self.shown.authored += squeezed(data)
+        elif data.strip():
             self.shown.rest.append(data.strip())
+
+
+class _Tokens(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = " ".join(f"{key}={squeezed(value or '')!r}" for key, value in sorted(attributes, key=lambda each: each[0]))
+        self.found.append(f"<{tag} {given}>")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            self.found.append(f"</{tag}>")
+
+    def handle_data(self, data: str) -> None:
+        self.found.append(squeezed(data))
+
+
+def tokens(text: str) -> str:
+    """HTML without what its writer is free in: white space, the order of attributes, how characters and empty elements are written."""
+    reader = _Tokens()
+    reader.feed(text)
+    reader.close()
+    return "".join(reader.found)
 
 
 def squeezed(text: str) -> str:

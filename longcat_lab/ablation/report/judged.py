@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from longcat_lab.ablation import begun, store
 from longcat_lab.ablation.paired import FEWEST, seeds_needed
 from longcat_lab.ablation.report.parts import NONE, Cell, Lines, Part, figures, number, table
 from longcat_lab.ablation.spec import Ablation
@@ -128,21 +128,40 @@ def _claim(v: Verdict) -> str:
 
 
 def _hypothesis(sweep: Sweep) -> tuple[str, ...]:
-    """The hypothesis as it was when the first answer came, and what was edited later."""
-    a = sweep.ablation
-    starts = sorted(str(run["job"]["started"]) for run in sweep.runs.values() if (run.get("job") or {}).get("started"))
+    """The hypothesis as the jobs kept it when they began, what was edited later, and what of this nobody recorded."""
+    a, question, jobs = sweep.ablation, store.read_question(sweep.folder), begun.begun(sweep.folder)
+    starts = sorted(job.started for job in jobs if job.started)
     began = f" The first of the jobs here started {_minute(starts[0])}." if starts else ""
-    edited = [change for change in a.changes if re.search(r"\bhypothesis\b", change.partition(": ")[2])]
-    if "hypothesis" in a.before:
-        said = [f"Hypothesis, written before running: {a.before['hypothesis']}", f"The hypothesis was edited later, to: {a.hypothesis}"]
-    elif edited:
+    told = [job for job in jobs if job.asked is not None]
+    behind = begun.sentences(question, jobs)
+    if any(key == "hypothesis" for key, _, _ in begun.disagreements(question, jobs)):
+        kept = begun.brief((begun.first_asked(jobs) or {}).get("hypothesis"), 2000)
+        said = [f"Hypothesis, as the first job kept it when it began: {kept}", f"ablation.yaml now says: {a.hypothesis}"]
+    elif jobs and not told:
+        said = [f"Hypothesis: {a.before.get('hypothesis') or a.hypothesis}"]
+    elif begun.edits(question, "hypothesis") and "hypothesis" not in a.before:
         said = [f"Hypothesis: {a.hypothesis}", "It was edited when answers were there, and its first wording was not kept."]
     else:
-        said = [f"Hypothesis, written before running: {a.hypothesis}"]
+        said = [f"Hypothesis, written before running: {a.before.get('hypothesis') or a.hypothesis}"]
+    if a.before.get("hypothesis"):
+        said.append(f"The hypothesis was edited later, to: {a.hypothesis}")
+    said += behind
     if a.changes:
         said += [f"The question was edited after answers were there: {change}." for change in a.changes]
-    else:
-        said.append(f"The question file has not been edited since a job finished.{began}")
+    elif not behind and (told or not jobs):
+        said.append(f"The question file has not been edited since a job began.{began}")
+    if jobs and not told:
+        which = "the job that has begun" if len(jobs) == 1 else f"the {len(jobs)} jobs that have begun"
+        said.append(
+            f"The hypothesis at the start was not recorded: {which} here are of a version that did not keep it, so nothing in this folder "
+            f"shows that it was written before running.{began}"
+        )
+    elif told and not behind:
+        rest = len(jobs) - len(told)
+        who = "The one job that has begun has" if len(jobs) == 1 else f"All {len(jobs)} jobs that have begun have"
+        who = f"{len(told)} of the {len(jobs)} jobs that have begun have" if rest else who
+        without = f"; of the other {rest} it was not recorded" if rest else ""
+        said.append(f"{who} kept the question and the hypothesis as they were at the start{without}.")
     return tuple(said)
 
 
@@ -154,6 +173,7 @@ def _minute(stamp: str) -> str:
 
 
 def _comparison(c: Contrast, adjusted: float) -> dict[str, Any]:
+    counted = "one comparison" if c.comparisons == 1 else f"as one of {c.comparisons} comparisons"
     interval = Cell(f"{signed(c.low)} to {signed(c.high)}", c.low) if c.n > 1 else Cell(NONE)
     return {
         "comparison": f"{c.better} − {c.than}",
@@ -162,7 +182,7 @@ def _comparison(c: Contrast, adjusted: float) -> dict[str, Any]:
         "95 % interval": interval,
         "p": _p(c.p if c.n >= FEWEST else None),
         "p (Holm)": _p(adjusted),
-        "smallest effect these seeds could resolve": figures(c.resolvable),
+        f"smallest effect these seeds could resolve ({counted})": figures(c.resolvable),
     }
 
 

@@ -26,9 +26,11 @@
     return `${Number(value.toPrecision(5))}`;
   };
 
+  const nameOf = (series) => series.arm + (series.seed === undefined ? "" : `, seed ${series.seed} (${series.status})`);
+
   const words = (figure, series, i) => {
     if (series.said) return series.said[i];
-    const name = series.arm + (series.seed === undefined ? "" : `, seed ${series.seed} (${series.status})`);
+    const name = nameOf(series);
     const range = series.low && series.low[i] !== series.high[i] ? ` (seeds ${plain(series.low[i])} to ${plain(series.high[i])})` : "";
     return `${name}: ${plain(series.y[i])}${range} at ${plain(series.x[i])} ${series.panel || figure.x}`;
   };
@@ -88,7 +90,7 @@
     });
 
     for (const key of svg.querySelectorAll(`[id^="lab-${name}-legend-"]`)) {
-      const arm = figure.series[+key.id.split("-").pop()].arm;
+      const own = figure.series[+key.id.split("-").pop()]; // an arm takes its seeds that ended badly with it
       const box = key.getBBox();
       const area = document.createElementNS(SVG, "rect"); // letters are thin: the whole field takes the click
       for (const [side, value] of Object.entries({ x: box.x - 32, y: box.y - 3, width: box.width + 36, height: box.height + 6 })) {
@@ -98,13 +100,14 @@
       key.append(area);
       key.classList.add("lab-key");
       key.setAttribute("role", "button");
-      key.setAttribute("aria-label", `show ${arm}`);
+      key.setAttribute("aria-label", `show ${nameOf(own)}`);
       key.setAttribute("aria-pressed", "true");
       pressed(key, () => {
         const off = key.classList.toggle("lab-off");
         key.setAttribute("aria-pressed", String(!off));
         for (const { series, parts } of drawn) {
-          if (series.arm === arm) parts.forEach((part) => part.classList.toggle("lab-gone", off));
+          const meant = series.arm === own.arm && (own.seed === undefined || series.seed === own.seed);
+          if (meant) parts.forEach((part) => part.classList.toggle("lab-gone", off));
         }
       });
     }

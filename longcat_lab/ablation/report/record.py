@@ -6,18 +6,18 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import store
+from longcat_lab.ablation import begun, store
+from longcat_lab.ablation.report.configured import configurations, flat, uneven
 from longcat_lab.ablation.report.judged import weights
 from longcat_lab.ablation.report.parts import NONE, Cell, Lines, Part, number, table
-from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.statistics import Summary
 from longcat_lab.ablation.store import Sweep
 from longcat_lab.config.yaml import write_yaml
-from longcat_lab.errors import LabError
 
 FATES = {"finished": "done", "failed": "failed", "interrupted": "interrupted", "running": "running", "planned": "skipped"}
 LOST = "unaccounted for"
 PAGE, NOTEBOOK, DIFF = "notebook.html", "notebook.ipynb", "uncommitted.diff"
+UNTRACKED = 30  # names of files in no commit that the page shows
 LONGEST = 60_000  # characters of a difference to its commit that are on the page; the file beside the job has all
 MEASURES = {
     "real_experts_per_token": "real experts a token",
@@ -53,43 +53,6 @@ def parts(sweep: Sweep, said: Summary) -> dict[str, Part]:
     }
     question = (sweep.folder / "ablation.yaml").read_text(encoding="utf-8")
     return found | {"question-file": Lines((question,), "pre", "The question file")}
-
-
-def configurations(sweep: Sweep) -> dict[str, dict[str, Any]]:
-    """Arm -> configuration of one of its jobs; of an arm that is evaluated: its variant's with its own settings."""
-    found: dict[str, dict[str, Any]] = {}
-    for (variant, _), run in sorted(sweep.runs.items(), key=lambda pair: pair[0][1]):
-        found.setdefault(variant, run["config"])
-    for name, arm in sweep.ablation.evaluate.items():
-        if arm.of in found:
-            own = found[arm.of]
-            if own.get("plugins"):  # loading it would run code from the folder, which may be anybody's
-                found[name] = _nested({**flat(own), **arm.set})
-                continue
-            try:
-                rooms = Rooms()
-                found[name] = rooms.apply(rooms.load(own), {**arm.set, "training.evaluations": {}}).to_dict()
-            except LabError:  # made by a version that knew other settings: what the arm sets is known all the same
-                found[name] = _nested({**flat(own), **arm.set})
-    return {name: found[name] for name in sweep.ablation.arms if name in found}
-
-
-def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in dotted.items():
-        *parents, last = key.split(".")
-        node = found
-        for part in parents:
-            node = node[part] if isinstance(node.get(part), dict) else node.setdefault(part, {})
-        node[last] = value
-    return found
-
-
-def flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(data, dict) or not data:
-        return {prefix: data}
-    return {key: value for name, inner in data.items() for key, value in flat(inner, f"{prefix}.{name}" if prefix else name).items()}
 
 
 # ---- mechanisms and limits
@@ -166,7 +129,31 @@ def _jobs(sweep: Sweep) -> dict[str, Part]:
             )
     total = len(a.variants) * len(a.seeds)
     shown = ", ".join(f"{n} {fate}" for fate, n in counts.items() if n or fate in ("done", "failed", "skipped"))
-    return {"jobs-sum": Lines((f"{total} planned jobs: {shown}.",)), "jobs-table": table(rows)}
+    return {
+        "jobs-sum": Lines((f"{total} planned jobs: {shown}.",)),
+        "jobs-table": table(rows),
+        "not-planned": Lines(tuple(_not_planned(sweep))),
+    }
+
+
+def _not_planned(sweep: Sweep) -> list[str]:
+    """Job folders that have begun and that the table above does not show: of other seeds or variants, or replaced by a change."""
+    a = sweep.ablation
+    planned = {(name, seed) for name in a.variants for seed in a.seeds}
+    found = begun.begun(sweep.folder)
+
+    def named(job: begun.Begun) -> str:
+        value = number((job.run.get("final") or {}).get(a.metric)).text
+        known = "" if value == NONE else f", {a.metric} {value}"
+        return f"{job.place} ({FATES.get(str(job.run.get('status')), 'without a record')}{known})"
+
+    lines = []
+    if other := [job for job in found if job.kept and (job.variant, job.seed) not in planned]:
+        lines.append(f"Also in this folder, not planned by this question: {'; '.join(named(job) for job in other)}.")
+    if aside := [job for job in found if not job.kept]:
+        words = "Also in this folder, set aside because configuration, data or code changed later"
+        lines.append(f"{words}: {'; '.join(named(job) for job in aside)}.")
+    return lines
 
 
 def _why(row: dict[str, Any] | None, fate: str) -> str:
@@ -212,6 +199,7 @@ def _differences(sweep: Sweep, configs: dict[str, dict[str, Any]]) -> dict[str, 
     words = [f"What each arm sets otherwise than {base}:"] if rows else []
     words += [f"{', '.join(same)}: nothing is set otherwise than in {base}."] if same else []
     words += [f"There is no other arm than {base}."] if len(configs) == 1 else []
+    words += [f"Not one configuration: {line}" for line in uneven(sweep)]
     found: dict[str, Part] = {"differences-words": Lines(tuple(words))}
     if rows:
         found["differences-table"] = table(rows)
@@ -232,12 +220,13 @@ def _provenance(sweep: Sweep) -> dict[str, Part]:
         name = hashlib.sha256(diff.encode()).hexdigest()[:8] if diff else ""
         if diff:
             diffs.setdefault(name, (diff, []))[1].append(place)
-        untracked = len(p.get("untracked") or [])
+        untracked = [str(name) for name in p.get("untracked") or []]
+        more = f" and {len(untracked) - UNTRACKED} more, in run.json" if len(untracked) > UNTRACKED else ""
         versions = p.get("versions") or {}
         row = {
             "commit": (p.get("commit") or NONE)[:12] + (" + uncommitted changes" if p.get("dirty") else ""),
             "difference": Cell(f"uncommitted.diff ({name})", links=((f"uncommitted.diff ({name})", diffs[name][1][0]),)) if diff else NONE,
-            "files in no commit": str(untracked),
+            "files in no commit": f"{len(untracked)}: {', '.join(untracked[:UNTRACKED])}{more}" if untracked else "0",
             "code": p.get("code") or NONE,
             "data": (p.get("data") or NONE)[:16],
             "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value) or NONE,
