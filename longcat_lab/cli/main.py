@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -66,16 +67,28 @@ def train(
 ) -> None:
     """Train one run; the same command goes on from its checkpoint after a stop."""
     from longcat_lab.config import load
+    from longcat_lab.config.parallel import ParallelConfig
     from longcat_lab.data import prepare
-    from longcat_lab.training import fit
+    from longcat_lab.parallel import world
+    from longcat_lab.training import device, fit
 
-    resolved = load(config, *(overrides or ()))
-    prepare(resolved.data, resolved.model.vocab_size, progress=lambda line: typer.echo(f"data: {line}", err=True))
+    try:
+        resolved = load(config, *(overrides or ()))
+    except LabError:  # perhaps of this process alone: it meets the others to tell them
+        with contextlib.suppress(LabError):
+            world.start(ParallelConfig(), device.choose("auto"))
+        raise
+    world.start(resolved.parallel, device.choose(resolved.training.device))
+    with world.others_wait():
+        if world.is_first():
+            prepare(resolved.data, resolved.model.vocab_size, progress=lambda line: typer.echo(f"data: {line}", err=True))
     finished = fit(resolved, out, progress=sys.stderr.isatty())
-    typer.echo((finished.path / "optimizer.txt").read_text(encoding="utf-8"))
-    for key, value in finished.summary.items():
-        typer.echo(f"{key:28} {value:.4f}" if isinstance(value, float) else f"{key:28} {value}")
-    typer.echo(finished.path)
+    if world.is_first():
+        typer.echo((finished.path / "optimizer.txt").read_text(encoding="utf-8"))
+        for key, value in finished.summary.items():
+            typer.echo(f"{key:28} {value:.4f}" if isinstance(value, float) else f"{key:28} {value}")
+        typer.echo(finished.path)
+    world.leave()
 
 
 @app.command()
@@ -171,16 +184,28 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: mistakes end with one sentence on stderr and exit code 2, a stop with 130."""
+    """Entry point: mistakes end with one sentence on stderr and exit code 2, a stop with 130; of several processes the first says it."""
     try:
         app()
     except LabError as error:
-        typer.echo(f"longcat-lab: {error}", err=True)
         # A sweep that was stopped exits as any stopped program does; it has said how to go on.
-        sys.exit(130 if type(error).__name__ == "LabInterrupted" else 2)
-    except KeyboardInterrupt:
-        typer.echo("longcat-lab: stopped; the same command goes on from here.", err=True)
-        sys.exit(130)
+        _end(130 if type(error).__name__ == "LabInterrupted" else 2, f"longcat-lab: {error}", error)
+    except KeyboardInterrupt as error:
+        _end(130, "longcat-lab: stopped; the same command goes on from here.", error)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _end(code: int, sentence: str, error: BaseException) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        typer.echo(sentence, err=True)
+        sys.exit(code)
+    from longcat_lab.parallel import faults
+
+    told = faults.explained(error) if isinstance(error, Exception) else error
+    if faults.speaks(told):
+        typer.echo(sentence if told is error else f"longcat-lab: {told}", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an ordinary exit may wait for connections to processes that have gone

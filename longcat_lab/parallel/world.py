@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,10 +15,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longcat_lab.config import RunConfig
+from longcat_lab.config.parallel import ParallelConfig
 from longcat_lab.errors import LabError
+from longcat_lab.parallel import faults
 from longcat_lab.parallel.layout import Layout, make_layout
 
 Group = dist.ProcessGroup | None  # None: nobody to share with
+SLICE = datetime.timedelta(seconds=5)  # between two looks whether the one that is waited for has failed
+_waits = itertools.count()
 
 
 class World:
@@ -30,11 +36,10 @@ class World:
     dense, experts: meshes over which weights are sharded (and replicated, if they have two dimensions); None where there is one process.
     """
 
-    _waits = 0
-
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self._same_settings(config)  # before anything that processes of other settings would do with other partners
         self.layout: Layout = make_layout(config, self.size)
         self.device, self.at = device, self.layout.coordinates(self.rank)
         self.tensor = self.context = self.expert = self.pipeline = self.batch = self.stage = self.ends = None
@@ -127,11 +132,12 @@ class World:
         if self.size == 1:
             return action()
         answer, said = None, None
-        if self.first:
-            try:
-                answer = action()
-            except LabError as error:
-                said = str(error)
+        with others_wait():
+            if self.first:
+                try:
+                    answer = action()
+                except LabError as error:
+                    said = str(error)
         answer, said = self.from_first((answer, said))
         if said is not None:
             raise LabError(said)
@@ -144,37 +150,74 @@ class World:
             if other != others[0]:
                 raise LabError(f"Process {rank} has another {what} than process 0: start all of them from the same files and settings.")
 
-    @contextlib.contextmanager
-    def others_wait(self) -> Iterator[None]:
-        """The first process works in here for as long as it takes; the others wait at the end until it has left."""
-        store, self._waits = dist.distributed_c10d._get_default_store(), self._waits + 1
-        key = f"longcat_lab/waited/{self._waits}"
+    def _same_settings(self, config: RunConfig) -> None:
+        if self.size == 1:
+            return
+        settings = _flat({key: value for key, value in config.to_dict().items() if key not in ("tracking", "plugins")})
+        every = self.gathered(json.dumps(settings, sort_keys=True))
+        for rank, other in enumerate(every):
+            if other != every[0]:
+                first, found = json.loads(every[0]), json.loads(other)
+                key = next(key for key in sorted({*first, *found}) if first.get(key) != found.get(key))
+                raise LabError(
+                    f"Process {rank} has {key}={found.get(key)}, process 0 has {first.get(key)}: start all of them with the same "
+                    "configuration and overrides."
+                )
+
+
+def _flat(data: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {key: data}
+    return {name: value for inner, part in data.items() for name, value in _flat(part, f"{key}.{inner}" if key else inner).items()}
+
+
+@contextlib.contextmanager
+def others_wait() -> Iterator[None]:
+    """The first process works in here for as long as it takes; the others wait at the end until it has left."""
+    if not faults.several():
+        yield
+        return
+    store, key = faults.store(), f"longcat_lab/waited/{next(_waits)}"
+    if dist.get_rank() == 0:
         try:
             yield
         finally:
-            if self.first:
-                store.set(key, "1")
-            else:
-                store.wait([key], datetime.timedelta(days=7))
+            store.set(key, "1")
+        return
+    yield
+    while True:
+        try:
+            return store.wait([key], SLICE)
+        except dist.DistStoreError:  # not yet
+            if faults.told_by_another():
+                raise
 
 
-def start(config: RunConfig, device: torch.device) -> None:
+def start(config: ParallelConfig, backend: str) -> None:
     """Joins the processes that a launcher started (torchrun sets RANK and WORLD_SIZE); nothing to do for one that was started alone.
 
     Raises:
-        LabError: the others cannot be reached within parallel.timeout seconds.
+        Unreachable: the others cannot be reached within parallel.timeout seconds.
     """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    wait = datetime.timedelta(seconds=config.parallel.timeout)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        faults.end_with_parent()
+        faults.end_slowly_when_asked()
+    wait = datetime.timedelta(seconds=config.timeout)
     try:
-        dist.init_process_group(dist.get_default_backend_for_device(device), timeout=wait)
+        dist.init_process_group(backend, timeout=wait)
     except (RuntimeError, ValueError) as error:  # the store's errors are RuntimeErrors
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        raise LabError(
+        raise faults.Unreachable(
             f"Process {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} cannot reach the others at {where} "
             f"({str(error).splitlines()[0]}): check that all were started, and that the address can be reached from each."
         ) from None
+
+
+def is_first() -> bool:
+    """Whether this process writes the run's files and speaks to people: process 0, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def leave() -> None:

@@ -1,4 +1,4 @@
-"""Which device a run computes on, by capability: the only module that asks what there is."""
+"""Which device, backend and operators a run takes, by capability: the only module that asks what there is."""
 
 from __future__ import annotations
 
@@ -15,15 +15,47 @@ from longcat_lab.model.memory import free_memory
 
 
 def choose(name: str) -> torch.device:
-    """`auto` is the accelerator that is really there, else the CPU; any other name is taken as torch writes it."""
+    """`auto` is the accelerator that is really there, else the CPU; any other name is taken as torch writes it.
+
+    Of the processes that a launcher started on this machine each takes the accelerator of its number (LOCAL_RANK), before anything
+    is put on one.
+
+    Raises:
+        LabError: there is no such device, or none for this process.
+    """
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if there is not None and name.partition(":")[0] in ("auto", there.type):
+        _take_own(name)
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return there or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # a device that holds no values (meta) cannot train either
     except (RuntimeError, AssertionError, NotImplementedError):
         raise LabError(f"training.device '{name}' cannot be used on this machine: write auto or cpu.") from None
     return device
+
+
+def _take_own(name: str) -> None:
+    beside, own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.accelerator.device_count()
+    if beside == 1 or count == 1:  # one that is seen alone may be each process's own: some launchers hide the others
+        return
+    if ":" in name:
+        raise LabError(
+            f"training.device '{name}' is one device for the {beside} processes of this machine: write auto or {name.partition(':')[0]}."
+        )
+    if own >= count:
+        raise LabError(f"Process {own} of this machine has no device of its own, there are {count}: start at most {count} processes here.")
+    torch.accelerator.set_device_index(own)
+
+
+def backend(device: torch.device) -> str:
+    """Of torch.distributed: the device's own beside gloo, which what lies in host memory (plain data, checkpoints) goes over."""
+    import torch.distributed as dist
+
+    own = dist.get_default_backend_for_device(device)
+    return own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | contextlib.nullcontext:

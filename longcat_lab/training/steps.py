@@ -18,7 +18,7 @@ from longcat_lab.parallel import placement
 from longcat_lab.parallel.gather import gather_model, total_norm
 from longcat_lab.parallel.locally import whole_weights
 from longcat_lab.parallel.stages import tied
-from longcat_lab.parallel.world import World
+from longcat_lab.parallel.world import World, others_wait
 from longcat_lab.training import device, mechanisms
 from longcat_lab.training.loss import StepPlan, step_loss
 
@@ -110,7 +110,7 @@ class Steps:
         if self.world.size == 1:
             yield self.model
             return
-        with self.world.others_wait():
+        with others_wait():
             yield gather_model(self.model, self.config, self.world)
 
     def _told(self, plan: StepPlan) -> dict[str, float]:
