@@ -37,17 +37,16 @@ def choose(name: str) -> torch.device:
 
 
 def _take_own(name: str) -> None:
-    beside, own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    count = torch.accelerator.device_count()
+    beside, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
     if beside == 1 or count == 1:  # one that is seen alone may be each process's own: some launchers hide the others
         return
     if ":" in name:
         raise LabError(
             f"training.device '{name}' is one device for the {beside} processes of this machine: write auto or {name.partition(':')[0]}."
         )
-    if own >= count:
-        raise LabError(f"Process {own} of this machine has no device of its own, there are {count}: start at most {count} processes here.")
-    torch.accelerator.set_device_index(own)
+    if beside > count:  # each says so, for only the first one is heard
+        raise LabError(f"{beside} processes were started on this machine, which has {count} devices: start at most {count} here.")
+    torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
 
 
 def backend(device: torch.device) -> str:

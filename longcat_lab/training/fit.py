@@ -55,7 +55,7 @@ def fit(
     from longcat_lab.training.session import begin
 
     place = device.choose(config.training.device)
-    start(config.parallel, place)
+    start(config.parallel, device.backend(place))
     with shared():
         world = World(config, place)
         identity = world.first_of_all(lambda: provenance.identity(config))  # prepares the data, which the others then find

@@ -219,7 +219,10 @@ def to_body(notebook: NotebookNode, code: bool) -> str:
     notebook.cells = [cell for cell in notebook.cells if not {HIDDEN, FAILED} & set(cell.metadata.get("tags", []))]
     for cell in notebook.cells:
         for i, output in enumerate(cell.get("outputs", [])):
-            output.get("data", {}).pop(WIDGET, None)  # leaves its text
+            data = output.get("data", {})
+            data.pop(WIDGET, None)  # leaves its text
+            if "image/svg+xml" in data:  # in the page itself, with its words, in place of an encoded picture without
+                data["text/html"] = data.pop("image/svg+xml")
             if output.output_type == "error":
                 cell.outputs[i] = _folded(output)
     body, _ = _exporter(code).from_notebook_node(notebook)
