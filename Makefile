@@ -21,7 +21,7 @@ export PYTHON
 NOTEBOOKS = $(shell find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' 2>/dev/null)
 STRIP = $(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version metadata.widgets"
 
-.PHONY: help setup demo test test-slow lint format notebooks-strip lab lock clean
+.PHONY: help setup demo test test-slow test-npu lint format notebooks-strip lab lock clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -43,6 +43,9 @@ test: setup lint ## lint, unit tests, and every notebook at smoke size
 
 test-slow: setup ## the tests that take minutes each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+test-npu: setup ## of the tests that take minutes, those of the Ascend path (no NPU needed: a compiler, and the wheel of torch-npu)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" --timeout 1800 tests/npu $(ARGS)
 
 lint: setup ## style and errors in code and notebooks; notebooks without outputs
 	@$(BIN)/ruff check .

@@ -9,8 +9,20 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_FREE_GIB = 2
+# What the tests of this project could not run, wherever they ran; the README says it too.
+NEVER_EXERCISED = (
+    "HCCL: in the tests gloo answers to its name, between processes that compute on the CPU under the device's name",
+    "NCCL: no run over several GPUs",
+    "operators of torch_npu: only their arguments, shapes and gradients, without values; around them, what they document",
+    "a real NPU: its speed, its memory and bf16 on it",
+    "several machines: many processes, but all on one",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,18 @@ def _kernels() -> Finding:
     return Finding("kernels", there, "compiled operators for CPUs", "" if there else f"plain PyTorch is used: {longcat_kernels.why_not()}")
 
 
+def _capabilities(device: torch.device) -> list[Finding]:
+    """What a run on this machine's device would take; a device that does not answer is told in a sentence."""
+    from longcat_lab.training.device import capabilities
+
+    try:
+        found = capabilities(device)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return [Finding("backend", False, "", f"{device} does not answer ({said}): set training.device=cpu, or mend its driver")]
+    return [Finding(name, True, what, "") for name, what in found.items()]
+
+
 def examine() -> list[Finding]:
     """Python, torch and its device, the packages by extra, disk, git; in the order of the printed table."""
     import torch
@@ -57,6 +81,7 @@ def examine() -> list[Finding]:
         )
     else:
         findings.append(Finding("accelerator", True, str(device), ""))
+    findings += _capabilities(device or torch.device("cpu"))
     findings.append(_kernels())
     npu = util.find_spec("torch_npu") is not None
     findings.append(

@@ -76,9 +76,9 @@ def train(
         resolved = load(config, *(overrides or ()))
     except LabError:  # perhaps of this process alone: it meets the others to tell them
         with contextlib.suppress(LabError):
-            world.start(ParallelConfig(), device.choose("auto"))
+            world.start(ParallelConfig(), device.backend(device.choose("auto")))
         raise
-    world.start(resolved.parallel, device.choose(resolved.training.device))
+    world.start(resolved.parallel, device.backend(device.choose(resolved.training.device)))
     with world.others_wait():
         if world.is_first():
             prepare(resolved.data, resolved.model.vocab_size, progress=lambda line: typer.echo(f"data: {line}", err=True))
@@ -173,12 +173,15 @@ def plan(
 @app.command()
 def doctor() -> None:
     """What this machine has, and what each missing piece would need."""
-    from longcat_lab.cli.doctor import examine
+    from longcat_lab.cli.doctor import NEVER_EXERCISED, examine
 
     rows = examine()
     width = max(len(row.name) for row in rows)
     for row in rows:
         typer.echo(f"{'ok     ' if row.present else 'missing'} {row.name:{width}}  {row.found if row.present else row.needs}")
+    typer.echo("never exercised here, in no test of this project:")
+    for what in NEVER_EXERCISED:
+        typer.echo(f"  {what}")
     if not all(row.present for row in rows if row.required):
         raise typer.Exit(1)
 

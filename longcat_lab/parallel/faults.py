@@ -7,7 +7,6 @@ has gone, find it there.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import re
 import signal
@@ -33,6 +32,10 @@ _GONE = re.compile(r"gloo|NCCL|HCCL|[Cc]onnection (closed|reset|refused)|Broken 
 
 class Unreachable(LabError):
     """The other processes were never met: no process can speak for this one."""
+
+
+class Lost(LabError):
+    """Another process has gone without a reason that could be found."""
 
 
 def store() -> Any:
@@ -65,7 +68,7 @@ def explained(error: Exception, when: str = "", folder: Path | None = None) -> E
         when: " at step 3", for the sentence.
         folder: gets the traceback of what nobody expected.
     """
-    if not several():
+    if not several() or isinstance(error, Lost):
         return error
     if is_lost(error):
         return _reason(error, when)
@@ -94,12 +97,15 @@ def told_by_another() -> bool:
 
 
 def _reason(error: Exception, when: str) -> LabError:
+    end = time.monotonic() + GRACE
     with contextlib.suppress(RuntimeError):
-        store().wait([REASON], datetime.timedelta(seconds=GRACE))
-        return LabError(store().get(REASON).decode())
+        while time.monotonic() < end:
+            if told_by_another():
+                return LabError(store().get(REASON).decode())
+            time.sleep(LOOK_EVERY)
     if isinstance(error, LabError):
-        return error
-    return LabError(f"{LOST}{when} ({_line(error)}): start again, the run goes on from its last checkpoint.")
+        return Lost(str(error))
+    return Lost(f"{LOST}{when} ({_line(error)}): start again, the run goes on from its last checkpoint.")
 
 
 def _unexpected(error: Exception, when: str, folder: Path | None) -> str:
@@ -115,7 +121,8 @@ def _unexpected(error: Exception, when: str, folder: Path | None) -> str:
 
 def _line(error: BaseException) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).removesuffix(".")
-    return text if len(text) <= 200 else text[:199] + "…"
+    text = re.sub(r"\[\S*\.(cc|cpp|h):\d+\] ", "", text)  # where in torch's sources
+    return text if len(text) <= 140 else text[:139] + "…"
 
 
 def end_with_parent() -> None:

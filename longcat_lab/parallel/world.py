@@ -7,6 +7,7 @@ import datetime
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,6 @@ from longcat_lab.parallel import faults
 from longcat_lab.parallel.layout import Layout, make_layout
 
 Group = dist.ProcessGroup | None  # None: nobody to share with
-SLICE = datetime.timedelta(seconds=5)  # between two looks whether the one that is waited for has failed
 _waits = itertools.count()
 
 
@@ -185,12 +185,12 @@ def others_wait() -> Iterator[None]:
             store.set(key, "1")
         return
     yield
-    while True:
-        try:
-            return store.wait([key], SLICE)
-        except dist.DistStoreError:  # not yet
-            if faults.told_by_another():
-                raise
+    pause = 0.02
+    while not store.check([key]):  # not `wait`, which has a limit, and tells people when it is over
+        if faults.told_by_another():
+            raise faults.Lost(f"{faults.LOST} while this one waited for it.")
+        time.sleep(pause)
+        pause = min(1.0, 1.5 * pause)
 
 
 def start(config: ParallelConfig, backend: str) -> None:
@@ -206,13 +206,21 @@ def start(config: ParallelConfig, backend: str) -> None:
         faults.end_slowly_when_asked()
     wait = datetime.timedelta(seconds=config.timeout)
     try:
-        dist.init_process_group(backend, timeout=wait)
+        dist.init_process_group(backend, timeout=wait, **_met(wait))
     except (RuntimeError, ValueError) as error:  # the store's errors are RuntimeErrors
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise faults.Unreachable(
             f"Process {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} cannot reach the others at {where} "
             f"({str(error).splitlines()[0]}): check that all were started, and that the address can be reached from each."
         ) from None
+
+
+def _met(wait: datetime.timedelta) -> dict[str, Any]:
+    """torchrun (2.13) keeps one store while it starts workers again, and those would find the addresses of the dead in it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}  # launchers of several machines may count restarts differently: they need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+    return {"store": dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store), "rank": rank, "world_size": size}
 
 
 def is_first() -> bool:

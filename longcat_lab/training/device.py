@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +62,29 @@ def autocast(device: torch.device, precision: str) -> torch.autocast | contextli
     """bf16 autocast where asked for, or (auto) where the accelerator computes in bf16; CPUs without it are faster in fp32."""
     wants = precision == "bf16" or (precision == "auto" and device.type != "cpu" and _has_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16) if wants else contextlib.nullcontext()
+
+
+def capabilities(device: torch.device) -> dict[str, str]:
+    """What a run on `device` takes, by what it is for: a few words each. Each is asked of what decides it while training."""
+    from longcat_lab.blocks.moe import experts_op
+    from longcat_lab.blocks.sparse_attention import ops
+
+    dtype = torch.bfloat16 if isinstance(autocast(device, "auto"), torch.autocast) else torch.float32
+    u, weights = torch.zeros(8, 16, device=device, dtype=dtype), torch.zeros(1, 16, 16, device=device, dtype=dtype)
+    q, k = torch.zeros(1, 1, 1, 576, device=device, dtype=dtype), torch.zeros(1, 1, 576, device=device, dtype=dtype)
+    values, compiled = k[..., :512], experts_op.kernel_takes(u, weights, weights)
+    return {
+        "backend": backend(device),
+        "bf16": "autocast" if dtype == torch.bfloat16 else "not on its own: fp32 unless training.precision=bf16",
+        "grouped product": "compiled" if compiled else _whose(experts_op.product_for(u, weights, weights), "none: expert by expert"),
+        "sparse attention": _whose(ops.attention_for(q, k, values), "plain PyTorch in chunks of queries"),
+    }
+
+
+def _whose(found: Any, none: str) -> str:
+    place = getattr(found, "__module__", "")
+    makers = {"longcat_kernels.npu": "of torch_npu", "longcat_kernels.triton_sparse_attention": "in Triton"}
+    return none if found is None else makers.get(place, "compiled" if place.startswith("longcat_kernels") else "of torch")
 
 
 def free_bytes(device: torch.device) -> int:

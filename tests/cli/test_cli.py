@@ -40,6 +40,11 @@ def test_ngrams_counts_warns_and_recommends():
 def test_doctor_finds_what_is_here():
     done = command("doctor")
     assert done.returncode == 0 and "ok      torch" in done.stdout and "npu" in done.stdout
+    rows, _, never = done.stdout.partition("never exercised here")
+    told = {line[8:].split("  ")[0]: line for line in rows.splitlines()}  # behind `ok` or `missing`
+    assert told["backend"].endswith("gloo") or ":gloo," in told["backend"]
+    assert {"bf16", "grouped product", "sparse attention"} <= told.keys()
+    assert all(what in never for what in ("HCCL", "NCCL", "torch_npu", "several machines"))
 
 
 def test_train_trains_goes_on_and_prints_the_folder(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -39,7 +40,14 @@ def experts_reference(
     return out
 
 
-def experts_grouped(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """y_p = x_p W_n for the rows p of group n. x [P, K] lies group by group; weights [N, K, M]; ends: int32 [N], where each group ends."""
+    return F.grouped_mm(x, weights, offs=ends)
+
+
+def experts_grouped(
+    u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, product: Callable[..., Tensor] = grouped_product
+) -> Tensor:
     """The real experts' part by one grouped product a layer: real picks are sorted by expert, the others never leave their place.
 
     The sum over a token's picks runs over a dense [T, K, H] in a fixed order, so that the result does not depend on how a
@@ -54,8 +62,8 @@ def experts_grouped(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, 
     values = u.new_zeros(tokens * topk, u.shape[-1])
     if len(picks):
         ends = offsets.to(torch.int32)
-        gate, up = F.grouped_mm(u[picks // topk], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
-        computed = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+        gate, up = product(u[picks // topk], gate_up.transpose(1, 2), ends).chunk(2, -1)
+        computed = product(F.silu(gate) * up, down.transpose(1, 2), ends)
         values = values.index_copy(0, picks, computed * weights.flatten()[picks, None].to(u.dtype))
     return values.view(tokens, topk, u.shape[-1]).sum(1)
 
@@ -80,21 +88,22 @@ def experts(
     u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, zero_expert_type: ZeroExpertType = "identity"
 ) -> Tensor:
     """`experts_reference`, its real part by what is fastest here: the compiled operator on a CPU in fp32 and fp64, else the grouped
-    product where torch has one for this device and dtype (widths in 16-byte rows), else the reference.
+    product where torch or the device's maker has one for this device and dtype (widths in 16-byte rows), else the reference.
     """
     passed = zero_experts(u, slots, weights, gate_up.shape[0], zero_expert_type)
-    if _kernel_takes(u, gate_up, down):
+    if kernel_takes(u, gate_up, down):
         from longcat_kernels import mixture
 
         real = mixture(u, slots, weights.to(u.dtype), gate_up, down)
-    elif _grouped_takes(u, gate_up, down):
-        real = experts_grouped(u, slots, weights, gate_up, down)
+    elif (product := product_for(u, gate_up, down)) is not None:
+        real = experts_grouped(u, slots, weights, gate_up, down, product)
     else:
         real = experts_reference(u, slots, weights, gate_up, down, "drop")
     return real if passed is None else real + passed
 
 
-def _kernel_takes(u: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+def kernel_takes(u: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether `experts` computes these with the compiled operator."""
     fits = u.device.type == "cpu" and u.dtype in (torch.float32, torch.float64) and u.dtype == gate_up.dtype == down.dtype
     if not fits or 0 in gate_up.shape[1:] or torch.compiler.is_compiling():
         return False
@@ -105,9 +114,24 @@ def _kernel_takes(u: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     return usable()
 
 
-def _grouped_takes(u: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+def product_for(u: Tensor, gate_up: Tensor, down: Tensor) -> Callable[..., Tensor] | None:
+    """The grouped product that takes these; None: expert by expert."""
     aligned = all(size * u.element_size() % 16 == 0 for size in (u.shape[-1], down.shape[-1]))
-    return aligned and u.dtype == gate_up.dtype and _has_grouped_product(u.device, u.dtype)
+    if not aligned or u.dtype != gate_up.dtype:
+        return None
+    own = _vendor_product(u, gate_up, down)  # first: torch's may be a loop that waits for the device
+    return own or (grouped_product if _has_grouped_product(u.device, u.dtype) else None)
+
+
+def _vendor_product(u: Tensor, gate_up: Tensor, down: Tensor) -> Callable[..., Tensor] | None:
+    """The operator that the accelerator's maker has, where it takes these."""
+    if u.device.type in ("cpu", "meta"):
+        return None
+    try:
+        from longcat_kernels import npu
+    except ImportError:  # an installation of longcat_lab alone
+        return None
+    return npu.grouped_product if npu.takes_grouped_product(u, gate_up) and npu.takes_grouped_product(u, down) else None
 
 
 @functools.cache

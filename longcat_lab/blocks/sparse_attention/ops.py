@@ -1,4 +1,6 @@
-"""The operators of `op.py` by what is fastest here: compiled for a CPU, Triton on a GPU, else plain PyTorch in chunks of queries."""
+"""The operators of `op.py` by what is fastest here: compiled for a CPU, Triton on a GPU, the vendor's on an NPU, else plain PyTorch in
+chunks of queries.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ CHUNK_ELEMENTS = 1 << 22  # of gathered rows at a time, where nothing better tha
 def index_topk(q: Tensor, k: Tensor, w: Tensor, first: Tensor | None, topk: int, sinks: int = 0, window: int = 0) -> Tensor:
     """`op.index_topk`; near-ties may fall differently where sums are ordered differently."""
     with torch.no_grad():
-        fast = _fast("index_topk", q, k, w) or op.index_topk
+        fast = _fast("index_topk", q, k, w) or _vendor("index_topk", q, k, w, first, topk, sinks, window) or op.index_topk
         return fast(q, k, w, first, topk, sinks, window)
 
 
@@ -43,10 +45,15 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: fl
     Args:
         window: promise that each query's last places are the keys that end with itself, up to so many: they need not be fetched ahead.
     """
-    fast = _fast("sparse_attention", q, k, v)
+    fast = attention_for(q, k, v)
     if fast is not None:
         return fast(q, k, v, indices, scale, window)
     return _in_chunks(lambda q, indices: op.sparse_attention(q, k, v, indices, scale), k.shape[-1] + v.shape[-1] + q.shape[2], q, indices)
+
+
+def attention_for(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Any] | None:
+    """What `sparse_attention` uses for these; None: plain PyTorch."""
+    return _fast("sparse_attention", q, k, v) or _vendor("sparse_attention", q, k, v)
 
 
 def _fast(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
@@ -58,6 +65,17 @@ def _fast(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
         return None
     place = triton_sparse_attention if name == "sparse_attention" else triton_indexing
     return getattr(place, name) if triton_indexing.takes(*tensors) else None
+
+
+def _vendor(name: str, *arguments: Any) -> Callable[..., Any] | None:
+    """The operator that the accelerator's maker has, where its limits hold for these arguments."""
+    if arguments[0].device.type == "cpu":
+        return None
+    try:
+        from longcat_kernels import npu
+    except ImportError:  # an installation of longcat_lab alone
+        return None
+    return getattr(npu, name) if getattr(npu, f"takes_{name}")(*arguments) else None
 
 
 def _compiled(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
