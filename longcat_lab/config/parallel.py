@@ -30,7 +30,7 @@ class ParallelConfig(Node):
     embedding: int = Field(1, ge=1, description="parts of the rows of n-gram tables, over all processes of a stage")
     schedule: Literal["GPipe", "1F1B"] = Field("1F1B", description="order of micro-batches in a pipeline")
     layers_per_stage: list[int] | None = Field(None, description="layers of each pipeline stage; empty: as equal as they can be")
-    checkpoint_async: bool | None = Field(
-        None, description="a checkpoint is written while training goes on; empty: where there are several processes"
+    checkpoint_async: Literal["auto", "always", "never"] = Field(
+        "auto", description="whether a checkpoint is written while training goes on; auto: where there are several processes"
     )
     timeout: int = Field(300, ge=1, description="seconds after which a process that waits for another one gives up")

@@ -79,8 +79,7 @@ class Session:
         self.record = Record(folder, config, identity, before, self.corpus.hash, self.device, world)
         device.start_peak(self.device)
         torch.manual_seed(config.seed)  # for blocks that draw while they train; initial weights have generators of their own
-        asynchronous = config.parallel.checkpoint_async
-        asynchronous = world.size > 1 if asynchronous is None else asynchronous
+        asynchronous = {"auto": world.size > 1, "always": True, "never": False}[config.parallel.checkpoint_async]
         self.checkpoints = Checkpoints(folder, identity, asynchronous=asynchronous, timeout=config.parallel.timeout)
         self._assemble(self.checkpoints.latest_step())
         self.batches = Batches(config, self.corpus, world.batch_place, world.layout.batch_ways)

@@ -12,6 +12,7 @@ from longcat_lab.blocks.context import feed_forward
 from longcat_lab.blocks.engram.op import convolve_reference
 from longcat_lab.blocks.mla.op import attention_reference
 from longcat_lab.blocks.moe.experts_op import experts_reference
+from longcat_lab.blocks.moe.module import MoE
 from longcat_lab.budget import budget, totals
 from longcat_lab.config import load
 from longcat_lab.model import build
@@ -77,7 +78,7 @@ def test_parameters_are_those_of_the_built_module(role, kind):
 def test_flops_are_those_of_the_built_module(role, kind, monkeypatch):
     """Counted by torch while the module runs. Attention runs over all T keys and is budgeted over the (T + 1) / 2 visible ones."""
     monkeypatch.setattr("longcat_lab.blocks.mla.module.attention", attention_reference)  # the counter sees plain products only
-    monkeypatch.setattr("longcat_lab.blocks.moe.module.experts", experts_reference)
+    monkeypatch.setattr(MoE, "compute", staticmethod(experts_reference))
     monkeypatch.setattr("longcat_lab.blocks.engram.module.convolve", convolve_reference)
     shape, config = shape_and_config(role, kind)
     if role in ("moe", "layer"):  # every pick real, so that the count does not depend on the routing
@@ -98,7 +99,7 @@ def test_flops_are_those_of_the_built_module(role, kind, monkeypatch):
 
 def test_zero_experts_cost_no_flops(monkeypatch):
     """With a bias that sends every second pick to zero-experts the counted products are those of the real picks alone."""
-    monkeypatch.setattr("longcat_lab.blocks.moe.module.experts", experts_reference)
+    monkeypatch.setattr(MoE, "compute", staticmethod(experts_reference))
     config = MoEConfig(n_routed_experts=4, zero_expert_num=2, moe_topk=2, expected_real_experts=1.0)
     shape = load("tiny").model.shape()
     module = config.build(shape)

@@ -13,7 +13,7 @@ from jupyter_tab import FIRST, NOTEBOOK, SECONDS, Tab
 from longcat_lab.files import read_json
 from longcat_lab.training.requests import is_training
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PANEL = """import longcat_lab as lab
 config = lab.load("tiny", "training.steps=1000000", "training.log_every=5", "training.checkpoint_every=1000000")
 panel = lab.panel(config, "runs/reopened")

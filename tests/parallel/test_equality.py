@@ -50,7 +50,6 @@ SETTINGS = [
 FIRST, LAST = 5e-7, 2e-5
 LAYOUTS = {
     "data_shard": (2, ["data_shard=2"]),
-    "data_replicate": (2, ["data_replicate=2"]),
     "tensor": (2, ["tensor=2"]),
     "context": (2, ["context=2"]),
     "expert": (2, ["expert=2"]),
@@ -58,6 +57,7 @@ LAYOUTS = {
     "embedding": (2, ["embedding=2"]),
 }
 PAIRS = {
+    "data_replicate": (2, ["data_replicate=2"]),
     "all on eight": (8, ["pipeline=2", "context=2", "tensor=2", "expert=2", "embedding=4"]),
     "data and tensor": (4, ["tensor=2"]),
     "data and context": (4, ["context=2"]),
