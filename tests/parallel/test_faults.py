@@ -155,7 +155,7 @@ def little_room():
 
 @pytest.mark.parametrize("rank, asynchronous", [(0, False), (1, True)])
 def test_a_disk_that_is_full_while_saving(tmp_path, rank, asynchronous):
-    flag = f"parallel.checkpoint_async={str(asynchronous).lower()}"
+    flag = f"parallel.checkpoint_async={'always' if asynchronous else 'never'}"
     codes, said, _ = train(tmp_path, both(tmp_path, flag), setups={rank: little_room})
     assert codes == [2, 2]
     assert len(said[0]) == 1 and "No space left while writing" in said[0][0] and "checkpoint-" in said[0][0] and said[1] == []
