@@ -59,7 +59,7 @@ def of_this_sweep(folder):
     return [p for p in found if p.pid != os.getpid()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL], ids=["ctrl-c", "kill-9"])
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, number):
     first, second = (tmp_path / "runs/stopping/jobs" / variant / "seed-0" for variant in "ab")
     process = start(tmp_path)

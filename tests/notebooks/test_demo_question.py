@@ -13,6 +13,8 @@ from longcat_lab.ablation import read_sweep
 from longcat_lab.budget import totals
 from longcat_lab.config import load
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["ablation.base=tiny", "training.steps=20", "training.optimizer.table_lr_multiplier=4"]
 

@@ -102,6 +102,7 @@ def test_a_wrong_match_is_refused():
         solve(question.model_copy(update={"match": [rule]}))
 
 
+@pytest.mark.slow
 def test_an_arm_without_the_primary_metric_is_on_the_page(tmp_path):
     """`none` of mtp_blocks has no prediction steps: the page tells its bits per byte and judges the other two."""
 

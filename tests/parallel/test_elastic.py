@@ -58,6 +58,7 @@ def killed(config, folder, nproc, rank, steps):
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_no_sample_is_lost_or_repeated(tmp_path):
     settings = (60, "training.checkpoint_every=5")
     run = killed(config_of(*settings), tmp_path / "run", 2, rank=1, steps=7)

@@ -125,6 +125,7 @@ def runs():
     return dist_run(all_layouts, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_bytes_are_those_that_the_collectives_counted(runs, name):
     config = lab.load("tiny", *PLAIN, *LAYOUTS[name])
@@ -136,6 +137,7 @@ def test_bytes_are_those_that_the_collectives_counted(runs, name):
             assert predicted[purpose] == traffic.get(purpose, 0), (purpose, rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data_shard", "data_shard, expert", "pipeline"])
 def test_bytes_of_sharded_weights_are_those_that_fsdp_sends(runs, name):
     config = lab.load("tiny", *PLAIN, *LAYOUTS[name])
@@ -146,6 +148,7 @@ def test_bytes_of_sharded_weights_are_those_that_fsdp_sends(runs, name):
         assert by_purpose(sent)["data"] + ends == found[name][2], rank
 
 
+@pytest.mark.slow
 def test_something_travels(runs):
     travelled, traffic, _ = runs[0]["tensor, expert, embedding"]
     assert travelled.picks_sent and travelled.picks_answered and travelled.rows_asked and travelled.rows_answered
