@@ -123,7 +123,9 @@ def folder(tmp_path_factory):
 def check(name, world, degrees, folder):
     micro = 1 if world in (4, 8, 16) else 4 if world == 3 else 2
     expected, gradients, bpb = alone(micro, folder / f"alone-{micro}")
-    found, found_gradients, found_bpb = dist_run(curve, world, degrees, micro, folder / name.replace(" ", "-"), timeout=120)[0]
+    found, found_gradients, found_bpb = dist_run(
+        curve, world, degrees, micro, folder / name.replace(" ", "-"), timeout=120 * world, deadline=240 + 60 * world
+    )[0]
     assert found_gradients.keys() == gradients.keys()
     for key, gradient in gradients.items():
         torch.testing.assert_close(
