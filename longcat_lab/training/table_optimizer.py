@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longcat_lab.config import OptimizerConfig
+from longcat_lab.parallel.embedding_op import sum_by_row
 from longcat_lab.training.parameter_wise import ParameterWise
 
 
@@ -31,10 +31,7 @@ def merge(gradient: Tensor) -> Tensor:
     """
     if gradient.is_coalesced() or gradient._nnz() == 0 or gradient._values().ndim != 2:
         return gradient.coalesce()
-    rows, order = torch.sort(gradient._indices()[0], stable=True)
-    rows, counts = torch.unique_consecutive(rows, return_counts=True)
-    # A bag is a sum of rows of the values: what stood for one row of the table.
-    values = F.embedding_bag(order, gradient._values(), counts.cumsum(0) - counts, mode="sum")
+    rows, values = sum_by_row(gradient._indices()[0], gradient._values())
     return torch.sparse_coo_tensor(rows[None], values, gradient.shape, is_coalesced=True, check_invariants=False)
 
 
