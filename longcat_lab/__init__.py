@@ -13,8 +13,8 @@ from longcat_lab.budget import activated, budget
 from longcat_lab.config import ConfigError, RunConfig, apply, load, presets
 from longcat_lab.errors import LabError
 from longcat_lab.model import LongcatLM, build, from_pretrained, generate, save_pretrained, speculate
-from longcat_lab.training import Run, fit, identity
-from longcat_lab.workbench import panel, runs
+from longcat_lab.training import Run, identity
+from longcat_lab.workbench import fit, panel, rank_agreement, runs
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "panel",
     "presets",
+    "rank_agreement",
     "register",
     "runs",
     "save_pretrained",

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import nn
 
 from longcat_lab.blocks.ngram_embedding.analyse import analyse
@@ -104,6 +103,8 @@ def slope_by_seed(results: pandas.DataFrame, sizes: Mapping[str, float], metric:
         raise LabError(f"slope_by_seed: {len(grid)} seeds have all of {', '.join(sizes)}; at least 2 are needed.")
     x = np.log10(list(sizes.values()))
     slopes = np.polyfit(x, grid.to_numpy().T, 1)[0]
+    from scipy import stats  # here: it takes seconds to load
+
     half = stats.t.ppf(0.975, len(slopes) - 1) * slopes.std(ddof=1) / np.sqrt(len(slopes))
     return float(slopes.mean()), float(slopes.mean() - half), float(slopes.mean() + half)
 

@@ -126,7 +126,7 @@ class Page:
 
 _NAMES = {
     "baseline": ("baseline-words", "baseline-table"),
-    "cost": ("cost-table", "matching-table", "matching-words"),
+    "cost": ("cost-table", "matching-table", "matching-words", "tuning-table"),
     "configuration": ("differences-words", "differences-table", "baseline-configuration", "question-file"),
     "provenance": ("provenance-words", "provenance-table"),
 }

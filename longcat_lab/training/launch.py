@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import longcat_lab
 from longcat_lab.config import RunConfig
@@ -26,6 +27,7 @@ from longcat_lab.parallel.layout import make_layout
 from longcat_lab.training import provenance, requests
 from longcat_lab.training.fit import HELD, take
 from longcat_lab.training.run import Run
+from longcat_lab.training.sitting import finish_the_step
 
 LOG, CONFIG = "train.log", "config.yaml"
 RESTARTS = 3
@@ -37,6 +39,19 @@ STOPPED = SAYS + "stopped;"
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+class View(Protocol):
+    """What a person sees of a run while it is followed; in place of the bar of a terminal."""
+
+    def look(self) -> None:
+        """Shows what is new in the folder. Called several times a second."""
+
+    def end(self, said: str) -> None:
+        """Nobody works in the folder any more; `said`: why the call fails, or empty."""
+
+
+view_of: Callable[[Path, int], View | None] | None = None  # a notebook's, for the folder and the number of processes; None: the bar
+
+
 def fit(config: RunConfig, path: str | Path | None, nproc: int, progress: bool, stop: Callable[[], bool] | None) -> Run:
     """See `training.fit`.
 
@@ -44,23 +59,30 @@ def fit(config: RunConfig, path: str | Path | None, nproc: int, progress: bool, 
         LabError: what the first worker said that failed for a reason of its own; or they died more than RESTARTS times.
         KeyboardInterrupt: after the end of the step, with a checkpoint; a second one ends all workers at once.
     """
-    _check(config, nproc)
+    check(config, nproc)
     identity = provenance.identity(config)
     folder = (Path(path) if path is not None else Path("runs/single") / identity).absolute()
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as shown, contextlib.ExitStack() as held:  # what is shown of the end is shown when all have ended
+        workers = None
         if take(folder, identity, held).get("status") != "finished":
             write_whole(folder / CONFIG, lambda file: file.write_text(write_yaml(config.to_dict()), encoding="utf-8"))
-            with _Workers(config, folder, nproc) as workers:
-                interrupted = workers.follow(progress, stop)
-                workers.conclude()
+            workers = held.enter_context(_Workers(config, folder, nproc))
+        look = shown.enter_context(_watched(config, folder, nproc, progress))  # takes seconds to load, as the workers do
+        if workers is not None:
+            interrupted = workers.follow(look, stop)
+            workers.conclude()
             if interrupted and (read_json(folder / "run.json") or {}).get("status") != "finished":
                 raise KeyboardInterrupt
     return Run(folder if path is None else path)
 
 
-def _check(config: RunConfig, nproc: int) -> None:
-    if not isinstance(nproc, int) or nproc < 1:
-        raise LabError(f"nproc {nproc!r} is no number of processes: give 1 or more, or None to train in this process.")
+def check(config: RunConfig, nproc: int) -> None:
+    """What can be known before anything starts.
+
+    Raises:
+        LabError: so many processes cannot train this configuration, or not from here.
+    """
+    check_number(nproc)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError("A launcher has started this process and others for the run: leave nproc out.")
     check_portable(config)
@@ -71,6 +93,59 @@ def _check(config: RunConfig, nproc: int) -> None:
         with contextlib.suppress(OSError):
             if Path(file).read_bytes() != content:
                 raise LabError(f"The plugin {file} was edited after this configuration was loaded: load it again.")
+
+
+def check_number(nproc: int) -> None:
+    if not isinstance(nproc, int) or nproc < 1:
+        raise LabError(f"nproc {nproc!r} is no number of processes: give 1 or more, or None for this process alone.")
+
+
+@contextlib.contextmanager
+def _watched(config: RunConfig, folder: Path, nproc: int, progress: bool) -> Iterator[Callable[[], None]]:
+    """Gives what is to be called while the workers train. What is only shown costs no run."""
+    view: View | None = None
+    if progress:
+        with contextlib.suppress(Exception):
+            view = view_of(folder, nproc) if view_of is not None else None
+        view = view or _Bar(config, folder)
+
+    def look() -> None:
+        if view is not None:
+            with contextlib.suppress(Exception):
+                view.look()
+
+    said = ""
+    try:
+        yield look
+    except LabError as error:
+        said = str(error)
+        raise
+    finally:
+        if view is not None:
+            with contextlib.suppress(Exception):
+                view.end(said)
+
+
+class _Bar:
+    """The bar of a terminal."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self._steps, self._folder, self._bar = config.training.steps, folder, None
+
+    def look(self) -> None:
+        from tqdm.auto import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=self._steps, unit="step", mininterval=0.5)
+        told = read_json(self._folder / "progress.json")
+        if isinstance(told, dict) and told.get("step") != self._bar.n:
+            self._bar.set_postfix(loss=f"{told['loss']:.3f}", refresh=False)
+            self._bar.n = told["step"]
+            self._bar.refresh()
+
+    def end(self, said: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 class _Workers:
@@ -129,33 +204,17 @@ class _Workers:
                 if not self.last.startswith(LOST):
                     self.final = self.final or self.last
 
-    def follow(self, progress: bool, stop: Callable[[], bool] | None) -> bool:
-        """Until they have ended, or failed for good; whether the keyboard asked for it."""
-        from tqdm.auto import tqdm
-
-        interrupted = asked = False
-        with tqdm(total=self.config.training.steps, disable=not progress, unit="step", mininterval=0.5) as bar:
+    def follow(self, look: Callable[[], None], stop: Callable[[], bool] | None) -> bool:
+        """Until they have ended, or failed for good; whether the keyboard (or SIGTERM) asked for it."""
+        asked = False
+        with finish_the_step() as interrupted:
             while self.agent.poll() is None and not self.final:
-                try:
-                    self._show(bar)
-                    if not asked and stop is not None and stop():
-                        asked = requests.ask_to_stop(self.folder)
-                    time.sleep(LOOK_EVERY)
-                except KeyboardInterrupt:
-                    if interrupted:
-                        raise
-                    interrupted = asked = requests.ask_to_stop(self.folder)
-            self._show(bar)
-        return interrupted
-
-    def _show(self, bar: object) -> None:
-        if bar.disable:
-            return
-        told = read_json(self.folder / "progress.json")
-        if isinstance(told, dict) and told.get("step") != bar.n:
-            bar.set_postfix(loss=f"{told['loss']:.3f}", refresh=False)
-            bar.n = told["step"]
-            bar.refresh()
+                look()
+                if not asked and (interrupted.is_set() or (stop is not None and stop())):
+                    asked = requests.ask_to_stop(self.folder)
+                time.sleep(LOOK_EVERY)
+            look()
+        return interrupted.is_set()
 
     def conclude(self) -> None:
         """Raises LabError where they did not end well."""

@@ -43,6 +43,8 @@ SMOKE = {
         "optimizer": "adamw",
         "few": [1, 8],
         "ladder": [96],
+        "steps": 20,
+        "run_folder": str(tmp / "scale"),
     },
     "run": lambda tmp: {"preset": "tiny"},
     "report": None,  # executed by the sweep's own test, on a real sweep

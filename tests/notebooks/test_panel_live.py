@@ -53,10 +53,10 @@ class Page:
         self.client.wait_for_ready(timeout=120)
         self.heard = []
 
-    def send(self, code):
-        """A cell, as JupyterLab sends it: with its id. Returns the message's id."""
+    def send(self, code, cell="a-cell"):
+        """A cell, as JupyterLab sends it: with its id (None: as papermill sends it). Returns the message's id."""
         session, content = self.client.session, {"code": code, "silent": False, "store_history": True, "allow_stdin": False}
-        message = session.msg("execute_request", content, metadata={"cellId": "a-cell"})
+        message = session.msg("execute_request", content, metadata={"cellId": cell} if cell else {})
         self.client.shell_channel.send(message)
         return message["header"]["msg_id"]
 

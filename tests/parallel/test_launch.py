@@ -16,8 +16,8 @@ from tests.parallel.test_faults import BREAKS, SPARSE
 LAST = 2e-5  # of test_equality: sums in another order
 
 
-def interrupt_after(folder, steps):
-    """A thread that presses Ctrl-C once when so many steps are logged, and keeps the environment of a worker."""
+def interrupt_after(folder, steps, number):
+    """A thread that presses Ctrl-C (or asks as a launcher does) once when so many steps are logged, and keeps the workers' environments."""
     seen, over = {}, threading.Event()
 
     def press():
@@ -25,7 +25,7 @@ def interrupt_after(folder, steps):
         if over.is_set():
             return
         seen["environments"] = [process.environ() for process in workers(folder).values()]
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=press)
     thread.start()
@@ -33,9 +33,10 @@ def interrupt_after(folder, steps):
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_all_processes_with_a_checkpoint_from_which_another_number_goes_on(tmp_path, capfd):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_all_processes_with_a_checkpoint_from_which_another_number_goes_on(tmp_path, capfd, number):
     config, folder = config_of(200, "training.checkpoint_every=1000"), tmp_path / "run"
-    thread, seen, over = interrupt_after(folder, 3)
+    thread, seen, over = interrupt_after(folder, 3, number)
     try:
         with pytest.raises(KeyboardInterrupt):
             lab.fit(config, folder, nproc=2)

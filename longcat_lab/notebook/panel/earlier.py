@@ -103,7 +103,7 @@ def same(one: RunConfig | None, other: RunConfig) -> bool:
 
 
 def _deciding(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("tracking", "plugins")}
+    return {key: value for key, value in config.items() if key not in ("tracking", "parallel", "plugins")}
 
 
 def named(folders: Iterable[Path], config: RunConfig) -> dict[str, Path]:

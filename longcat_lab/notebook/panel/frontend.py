@@ -17,7 +17,7 @@ NOTHING: Bundle = ({"text/html": "", "text/plain": ""}, {})  # holds the place o
 FROM_A_PAGE = ("cellId", "colab")  # in the metadata of a request to execute: JupyterLab, Notebook 7, VS Code; Colab
 
 
-def _shell() -> Any | None:
+def shell() -> Any | None:
     """The kernel's shell; None in a script and in a terminal."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
@@ -26,17 +26,17 @@ def _shell() -> Any | None:
 
 def has_widgets() -> bool:
     """Whether the cell that runs now was sent by a page. Pages name the cell they send; papermill, nbclient and nbconvert do not."""
-    shell = _shell()
-    if shell is None:
+    found = shell()
+    if found is None:
         return False
-    request = shell.kernel.get_parent("shell") or {}
+    request = found.kernel.get_parent("shell") or {}
     return any(key in (request.get("metadata") or {}) for key in FROM_A_PAGE)
 
 
 def cell() -> tuple[str | None, str | None]:
     """The id of the cell that runs now, and of this run of it; None where that is not known."""
-    shell = _shell()
-    request = (shell.kernel.get_parent("shell") or {}) if shell else {}
+    found = shell()
+    request = (found.kernel.get_parent("shell") or {}) if found else {}
     return (request.get("metadata") or {}).get("cellId"), (request.get("header") or {}).get("msg_id")
 
 
@@ -57,10 +57,12 @@ class Place:
     def __init__(self) -> None:
         self._handles: list[Any] = []
 
-    def show(self, html: str, picture: Bundle = NOTHING) -> None:
+    def show(self, words: str | dict[str, Any], picture: Bundle = NOTHING) -> None:
+        """`words`: as HTML; or in their place, by mime type, what is shown until there are words: a widget."""
         from IPython.display import display
 
-        outputs = [({"text/html": html, "text/plain": plain(html)}, {}), picture]
+        said = {"text/html": words, "text/plain": plain(words)} if isinstance(words, str) else words
+        outputs = [(said, {}), picture]
         if not self._handles:
             self._handles = [display(data, metadata=metadata, raw=True, display_id=True) for data, metadata in outputs]
         else:
@@ -84,9 +86,9 @@ class Line:
     def say(self, text: str, last: bool = False) -> None:
         if text == self._said or (not last and time.monotonic() - self._when < SAY_EVERY):
             return
-        shell, width = _shell(), len(self._said)
+        kernel, width = shell(), len(self._said)
         self._said, self._when = text, time.monotonic()
-        if shell is None:
+        if kernel is None:
             end = "" if sys.stdout.isatty() and not last else "\n"
             print(f"\r{text:{width}}" if sys.stdout.isatty() else text, end=end, flush=True)
             return

@@ -25,6 +25,7 @@ SECTIONS = {  # what a person opens, and the nodes in it; a knob belongs to the 
     "training": ("training",),
     "optimizer": ("training.optimizer",),
     "schedule": ("training.schedule",),
+    "parallel": ("parallel",),
     "tracking": ("tracking",),
     "run": ("",),
 }

@@ -16,13 +16,11 @@ from longcat_lab.notebook.panel import words
 from longcat_lab.notebook.panel.earlier import compared, config_of, is_of, run_of, runs_in, same
 from longcat_lab.notebook.panel.ending import overview
 from longcat_lab.notebook.panel.frontend import NOTHING, Line, Place, cell, has_widgets, plain, running_loop
-from longcat_lab.notebook.panel.showing import Showing
+from longcat_lab.notebook.panel.showing import Showing, pause
 from longcat_lab.notebook.panel.trainer import Training, trains_in
-from longcat_lab.training import Run
+from longcat_lab.training import Run, launch
 
 POLL = 0.1  # seconds; short, so that the kernel's interrupt is prompt too
-REFRESH, SELDOM = 0.5, 5.0  # seconds between two updates of the widgets: at least, at most
-SHARE = 0.05  # of the time that updates may take
 BESIDE = 2  # earlier runs that are drawn without being asked for
 _SHOWN: list[Panel] = []  # those with widgets; a cell that runs again closes the one that it had made
 
@@ -41,16 +39,24 @@ class Panel(Showing):
         compare: runs, their folders or folders with runs, to draw beside the live one.
         interactive: widgets or static pictures; None: widgets where the cell was sent by a page that can show them. papermill,
             nbconvert and scripts have none.
+        nproc: processes that Train takes, laid out as `parallel` says; None: one.
 
     Attributes:
-        config: as the knobs stand. run: the run of the last training, or None; never one that another configuration trains.
+        config: as the knobs stand. nproc: as the field beside Train stands.
+        run: the run of the last training, or None; never one that another configuration trains.
     """
 
     def __init__(
-        self, config: RunConfig | str, path: str | Path = "runs/panel", compare: Iterable[Any] = (), interactive: bool | None = None
+        self,
+        config: RunConfig | str,
+        path: str | Path = "runs/panel",
+        compare: Iterable[Any] = (),
+        interactive: bool | None = None,
+        nproc: int | None = None,
     ) -> None:
         config = config if isinstance(config, RunConfig) else load(config)
-        super().__init__(config, compared(compare))
+        launch.check_number(1 if nproc is None else nproc)
+        super().__init__(config, compared(compare), nproc or 1)
         self.path, self._shut = Path(path), False
         self._loop = running_loop()
         self.interactive = has_widgets() if interactive is None else interactive
@@ -64,7 +70,7 @@ class Panel(Showing):
             from longcat_lab.notebook.panel.view import View
 
             about = f"Run this cell again to see the panel of {self.path} live."
-            self._view = View(config, about, self._press_train, self.stop, self._chosen)
+            self._view = View(config, self._nproc, about, self._press_train, self.stop, self._chosen)
             self._view.say(words.idle(config), None, trains=False)
             others = [folder for folder in runs_in(self.path) if folder not in (live, before)]
             self._offer([*self._compare, *others[: max(0, BESIDE - len(self._compare))]])
@@ -102,7 +108,7 @@ class Panel(Showing):
             if self._training is not None:
                 self._training.leave()
             if self._view is not None:
-                self._config, view, self._view = self.config, self._view, None
+                self._config, self._nproc, view, self._view = self.config, self.nproc, self._view, None
                 self.interactive, self._places = False, []
                 view.close()
 
@@ -122,7 +128,8 @@ class Panel(Showing):
             The run: finished, or interrupted where it was stopped.
 
         Raises:
-            LabError: the training failed, knobs are not taken, or this panel trains another configuration.
+            LabError: the training failed, knobs are not taken, they do not fit the number of processes, or this panel trains another
+                configuration.
         """
         training, line = self._start(), None if self._view else Line()
         try:
@@ -158,10 +165,11 @@ class Panel(Showing):
         if self._view and self._view.form.waiting:
             knob, why = next(iter(self._view.form.waiting.items()))
             raise LabError(f"The knob {knob} is not taken, set it right or put it back first: {why}")
+        training = Training.start(config, self.path, self.nproc)
         if self._guest is not None:
             self._guest.leave()
             self._guest = None
-        return self._begin(Training.start(config, self.path))
+        return self._begin(training)
 
     def _press_train(self) -> None:
         try:
@@ -185,7 +193,7 @@ class Panel(Showing):
             began = time.monotonic()
             with contextlib.suppress(Exception):  # a page that has gone, a folder that is being written: the next update shows it
                 self._refresh()
-            training.wait(min(SELDOM, max(REFRESH, (time.monotonic() - began) / SHARE)))
+            training.wait(pause(time.monotonic() - began))
         if self._training is not training or self._shut:
             return
         if self._loop is not None and self._loop.is_running():

@@ -21,14 +21,28 @@ from longcat_lab.notebook.panel.trainer import Training
 if TYPE_CHECKING:
     from longcat_lab.notebook.panel.view import View
 
+REFRESH, SELDOM = 0.5, 5.0  # seconds between two updates of the widgets: at least, at most
+SHARE = 0.05  # of the time that updates may take
+
+
+def pause(spent: float) -> float:
+    """Seconds until the next update of the widgets, when the last one has taken `spent`."""
+    return min(SELDOM, max(REFRESH, spent / SHARE))
+
+
+def share(run: Follower) -> float | None:
+    """How much of the run is done, 0 to 1; None before its first step in this sitting."""
+    told = run.progress
+    return told["step"] / max(1, told["steps"]) if told else None
+
 
 class Showing:
     """The half of a panel that shows. Without widgets (`_view` is None) only the static picture is left of it."""
 
     path: Path
 
-    def __init__(self, config: RunConfig, compare: list[Path]) -> None:
-        self._config, self._compare = config, compare
+    def __init__(self, config: RunConfig, compare: list[Path], nproc: int) -> None:
+        self._config, self._compare, self._nproc = config, compare, nproc
         self._view: View | None = None
         self._training: Training | None = None
         self._guest: Training | None = None  # a training of another configuration, which is shown because it goes on here
@@ -44,6 +58,10 @@ class Showing:
     @property
     def config(self) -> RunConfig:
         return self._view.form.config if self._view else self._config
+
+    @property
+    def nproc(self) -> int:
+        return self._view.processes.value if self._view else self._nproc
 
     @property
     def _trains(self) -> bool:
@@ -73,10 +91,9 @@ class Showing:
             if run.folder != self._listed:  # its name is known now
                 self._listed, before = run.folder, self._listed
                 self._offer([*self._view.chosen.values(), *([before] if before else [])])
-            news, told = run.refresh(), run.progress
-            share = told["step"] / max(1, told["steps"]) if told and training.phase == "training" else None
+            news = run.refresh()
             remark = f" · {words.GUEST}" if self._is_guest else ""
-            self._view.say(words.progress(training, run) + remark, share, **state)
+            self._view.say(words.progress(training, run) + remark, share(run) if training.phase == "training" else None, **state)
             if news:
                 self._view.curves.show(run, self._name(training.config))
 

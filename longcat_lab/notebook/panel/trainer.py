@@ -18,7 +18,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation.executor import environment_for
 from longcat_lab.ablation.job import one_line
 from longcat_lab.config import ConfigError, RunConfig
 from longcat_lab.config.plugins import check_portable, contents
@@ -26,7 +25,9 @@ from longcat_lab.config.yaml import write_yaml
 from longcat_lab.data import prepare
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, sentence_of, write_whole
-from longcat_lab.training import Run, code_hash, fit, identity
+from longcat_lab.parallel.layout import make_layout
+from longcat_lab.training import Run, code_hash, fit, identity, launch
+from longcat_lab.training.environment import environment_for
 from longcat_lab.training.requests import ask_to_stop, is_training, stop_asked
 
 LOG, CONFIG = "train.log", "config.yaml"
@@ -58,10 +59,11 @@ class Training:
         said: a sentence on the phase: what is being prepared, why it failed or stopped.
         folder: the run's; None while the text is prepared, because the run's name follows from it.
         config: what is trained; None where the folder's configuration cannot be read here.
+        nproc: how many processes train, where they are started from here.
     """
 
-    def __init__(self, config: RunConfig | None, root: Path | None, folder: Path | None) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig | None, root: Path | None, folder: Path | None, nproc: int = 1) -> None:
+        self.config, self.folder, self.nproc = config, folder, nproc
         self.phase = "preparing" if folder is None else "training"
         self.said = ""
         self._root, self._stop, self._done, self._left = root, threading.Event(), threading.Event(), threading.Event()
@@ -72,9 +74,17 @@ class Training:
         self._looked_at: int | None = None
 
     @classmethod
-    def start(cls, config: RunConfig, root: str | Path) -> Training:
-        """Trains `config` in `root`/IDENTITY: a finished run is given back at once, a stopped one goes on, one that trains is followed."""
-        training = cls(config, Path(root).resolve(), None)
+    def start(cls, config: RunConfig, root: str | Path, nproc: int = 1) -> Training:
+        """Trains `config` in `root`/IDENTITY: a finished run is given back at once, a stopped one goes on, one that trains is followed.
+
+        Args:
+            nproc: processes, laid out as `config.parallel` says. Several are started by one of their own, which ends with them.
+
+        Raises:
+            LabError: they cannot be laid out so, or another process cannot train this.
+        """
+        (make_layout if nproc == 1 else launch.check)(config, nproc)
+        training = cls(config, Path(root).resolve(), None, nproc)
         threading.Thread(target=training._work, name="longcat_lab training", daemon=True).start()
         return training
 
@@ -158,7 +168,7 @@ class Training:
             self._end("finished", "")
         elif is_training(folder):
             self._follow()
-        elif travels(self.config):
+        elif self.nproc > 1 or travels(self.config):
             self._in_a_process(folder)
         else:
             self._in_this_thread(folder)
@@ -168,10 +178,11 @@ class Training:
             raise LabError("The code of longcat_lab has changed since this kernel imported it: restart the kernel, then train again.")
         text = write_yaml(self.config.to_dict())
         write_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        command = [sys.executable, "-m", "longcat_lab", "train", str(folder / CONFIG), "--out", str(folder)]
         with open(folder / LOG, "ab") as log:
             self._log_from = log.tell()
             process = subprocess.Popen(
-                [sys.executable, "-m", "longcat_lab", "train", str(folder / CONFIG), "--out", str(folder)],
+                [*command, *(["--nproc", str(self.nproc)] if self.nproc > 1 else [])],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

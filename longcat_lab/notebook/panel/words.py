@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import Any, Protocol
 
 from longcat_lab.config import RunConfig
 from longcat_lab.notebook.panel.follow import Follower, part
-from longcat_lab.notebook.panel.trainer import Training
 from longcat_lab.training.requests import is_training
 
 GUEST = "This run, which trains here, is not the configuration of this cell; Train starts that one."
 GUEST_ENDED = "It was not the configuration of this cell; Train starts that one."
+
+
+class Sitting(Protocol):
+    """What is known of who trains now, beside the folder; see `trainer.Training`."""
+
+    phase: str
+    said: str
+    nproc: int
+
+    @property
+    def stopping(self) -> bool: ...
 
 
 def clock(seconds: float) -> str:
@@ -29,12 +39,19 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
-def progress(training: Training, run: Follower | None) -> str:
+def several(run: Follower) -> str:
+    """How the processes of the run are laid out; empty where one trains alone."""
+    layout = run.record.get("layout")
+    return layout if isinstance(layout, str) and not layout.startswith("1 ") else ""
+
+
+def progress(training: Sitting, run: Follower | None) -> str:
     """How far it is: what is done now, the step, the speed, the time left."""
     if training.phase == "preparing":
         return f"Preparing the text, once for all runs on it{f': {training.said}' if training.said else ' …'}"
     if training.phase == "starting":
-        return "Stopping as soon as it has begun …" if training.stopping else "Starting the training process …"
+        what = f"{training.nproc} training processes" if training.nproc > 1 else "the training process"
+        return "Stopping as soon as it has begun …" if training.stopping else f"Starting {what} …"
     told = run.progress if run else {}
     if not told:
         return "Stopping after the first step …" if training.stopping else "Building the model …"
@@ -42,6 +59,7 @@ def progress(training: Training, run: Follower | None) -> str:
     if told["step"] >= told["steps"]:
         return f"{line} · evaluating …"
     line += f" · {told['tokens_per_second']:,.0f} tokens/s · {clock(told['seconds_left'])} left · loss {told['loss']:.3f}"
+    line += f" · {several(run)}" if several(run) else ""
     return f"{line} · {training.said or 'stopping after this step …'}" if training.stopping else line
 
 
@@ -56,17 +74,18 @@ def summary(run: Follower, go_on: str = "Train") -> str:
 def _summary(run: Follower, go_on: str) -> str:
     record = run.record
     final, timings = part(record, "final"), part(record, "timings")
-    steps = part(record, "config", "training").get("steps")
+    steps, layout = part(record, "config", "training").get("steps"), several(run)
     if record.get("status") == "finished":
         tokens, seconds = final.get("tokens", 0), timings.get("training_seconds", 0.0)
         line = f"Finished: {steps:,} steps, {count(tokens)} tokens in {clock(seconds)}"
         line += f" ({timings['tokens_per_second']:,.0f} tokens/s)" if timings.get("tokens_per_second") else ""
         parts = [("training loss", "train_loss"), ("validation", "validation_bpb"), ("out of distribution", "out_of_distribution_bpb")]
         told = [f"{name} {final[key]:.4f}{' bits per byte' if key == 'validation_bpb' else ''}" for name, key in parts if key in final]
-        return f"{line}: {', '.join(told)}." if told else f"{line}."
+        line += f" on {layout}" if layout else ""
+        return f"{line}; {', '.join(told)}." if told and layout else f"{line}: {', '.join(told)}." if told else f"{line}."
     if record.get("status") == "interrupted":
         loss = f", training loss {run.last['loss']:.4f}" if "loss" in run.last else ""
-        done = f"Stopped at step {timings.get('steps_done', 0):,} of {steps:,}{loss}"
+        done = f"Stopped at step {timings.get('steps_done', 0):,} of {steps:,}{loss}" + (f" ({layout})" if layout else "")
         return f"{done}: checkpoint and metrics are kept, {go_on} goes on from there."
     if record.get("status") == "failed":
         return f"Failed: {record.get('reason') or 'without a word.'}"
