@@ -12,7 +12,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: medians of times in ms or of peak memory in MiB (`unit`); ratio is ours / peer, below 1 where ours takes less."""
+    """One comparison: medians of times in ms, of peak memory in MiB or of shares in % (`unit`); ratio is ours / peer, below 1 where ours
+    takes less.
+    """
 
     name: str
     ours: str
@@ -37,13 +39,13 @@ def compare(name: str, ours: tuple[str, Callable[[], object]], peer: tuple[str, 
             spent.append(time.perf_counter() - started)
         if counted >= 0:
             times.append((spent[0], spent[1]))
-    return _row(name, ours[0], peer[0], [(1e3 * a, 1e3 * b) for a, b in times], "ms")
+    return row_of(name, ours[0], peer[0], [(1e3 * a, 1e3 * b) for a, b in times], "ms")
 
 
 def compare_memory(name: str, ours: tuple[str, Callable[[], object]], peer: tuple[str, Callable[[], object]], pairs: int = 5) -> Row:
     """The memory that each call adds at its peak to what the process had, in turn as `compare`. Linux only."""
     peaks = [(peak_memory(ours[1]), peak_memory(peer[1])) for _ in range(pairs)]
-    return _row(name, ours[0], peer[0], [(a / 2**20, b / 2**20) for a, b in peaks], "MiB")
+    return row_of(name, ours[0], peer[0], [(a / 2**20, b / 2**20) for a, b in peaks], "MiB")
 
 
 def peak_memory(call: Callable[[], object]) -> int:
@@ -60,7 +62,8 @@ def _resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def _row(name: str, ours: str, peer: str, pairs: list[tuple[float, float]], unit: str) -> Row:
+def row_of(name: str, ours: str, peer: str, pairs: list[tuple[float, float]], unit: str) -> Row:
+    """From (ours, peer) of each pair."""
     ratios = [a / b for a, b in pairs]
     medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
     return Row(name, ours, peer, *medians, statistics.median(ratios), min(ratios), max(ratios), len(pairs), unit)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.attention import attention
+from benchmarks.expert_overlap import expert_overlap
 from benchmarks.harness import Row, compare
 from benchmarks.indexing import indexing
 from benchmarks.mixture import mixture, unused_experts
@@ -89,7 +90,7 @@ def small_ops() -> Iterator[Row]:
 SUITE = {
     function.__name__: function
     for function in (
-        *(experts, zero_experts, mixture, unused_experts, attention, indexing, sparse_core, training_step),
+        *(experts, zero_experts, mixture, unused_experts, expert_overlap, attention, indexing, sparse_core, training_step),
         *(ngram_addresses, ngram_fusion, ngram_step, table_optimizers, small_ops),
     )
 }

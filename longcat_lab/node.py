@@ -15,10 +15,14 @@ class ConfigError(LabError):
     """A configuration cannot be used; the message names the key, what is wrong with it and what to write instead.
 
     The message stays one line also where it quotes text with line breaks or characters that do not print.
+
+    Attributes:
+        at: the keys down to what is wrong, for those that know where it is written; empty where it is nothing of its own.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, at: tuple[Any, ...] = ()) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        self.at = at
 
 
 class InnerNodeError(ValueError):
@@ -58,28 +62,34 @@ def validate_node(kind: type[Node], data: Any, where: str = "") -> Any:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, kind, where)) from None
+        sentence, at = _sentence(error, kind, where)
+        raise ConfigError(sentence, at) from None
 
 
-def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> str:
+def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> tuple[str, tuple[str, ...]]:
+    """What is wrong, and the keys down to it."""
     errors = error.errors()
     # A misspelt key is missing under its own name too: the misspelling is what a person wants to hear of.
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     parts, parent = _walk(kind, first["loc"])
+    if named := parts[-1:] == ["[key]"]:  # the name itself is wrong, not what it holds
+        parts = parts[:-1]
+    at = tuple(parts)
     key = ".".join(([where] if where else []) + parts)
     if first["type"] == "extra_forbidden":
-        return f"Unknown key '{key}'{nearest(parts[-1], list(parent.model_fields))}"
+        return f"Unknown key '{key}'{nearest(parts[-1], list(parent.model_fields))}", at
     if first["type"] == "missing":
-        return f"'{key}' is missing."
+        return f"'{key}' is missing.", at
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InnerNodeError):
-        return _sentence(cause.error, cause.kind, key)
+        sentence, inner = _sentence(cause.error, cause.kind, key)
+        return sentence, at + inner
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f", got {_shown(first['input'])}"
     end = "" if (message + got).endswith(("?", ".")) else "."
     if not key:  # settings of several sections disagree: the message names them itself
-        return f"{message}{got}{end}"
-    return f"'{key}': {message[0].lower()}{message[1:]}{got}{end}"
+        return f"{message}{got}{end}", at
+    return f"'{key}'{' as a name' if named else ''}: {message[0].lower()}{message[1:]}{got}{end}", at
 
 
 def _shown(value: Any) -> str:

@@ -225,7 +225,9 @@ class DataConfig(Node):
         1_000_000, ge=0, description="Most bytes of text in the out-of-distribution split; 0 makes no such split."
     )
     tokenizer_bytes: int = Field(4_000_000, ge=1, description="Most bytes of training text that the tokenizer is learned from.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Order of the training sequences; separate from the model's seed: variants share it.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**31, description="Order of the training sequences; none takes the run's `seed`, which draws initial values too."
+    )
     probe: Recall | Needle | MultiKey | Copy | None = Field(
         None, discriminator="kind", description="Probe task in the place of some or all of the text; none trains on text alone."
     )

@@ -27,6 +27,19 @@ class ParallelConfig(Node):
     context: int = Field(1, ge=1, description="parts of a sequence; weights are sharded over them too")
     tensor: int = Field(1, ge=1, description="parts of attention heads, dense networks and the head")
     expert: int = Field(1, ge=1, description="parts of a mixture's experts, over data_shard x context x tensor")
+    overlap: bool = Field(
+        True,
+        description="rows travel to their experts and back while the dense branch of a shortcut layer is computed, and gradients too; "
+        "false: each exchange is waited for at once",
+    )
+    moe_chunks: Literal[1, 2] = Field(
+        1, description="parts of a mixture's tokens, where experts are divided; 2: one part travels while the other is computed"
+    )
+    dispatch: Literal["pick", "process"] = Field(
+        "pick",
+        description="a token travels once for each pick of an expert elsewhere, or once to each process that holds any of its experts, "
+        "and their sum comes back",
+    )
     embedding: int = Field(1, ge=1, description="parts of the rows of n-gram tables, over all processes of a stage")
     schedule: Literal["GPipe", "1F1B"] = Field("1F1B", description="order of micro-batches in a pipeline")
     layers_per_stage: list[int] | None = Field(None, description="layers of each pipeline stage; empty: as equal as they can be")

@@ -28,7 +28,9 @@ class RunConfig(Node):
         description="Python files with blocks of your own, imported before anything else is read; relative to the file that names them, "
         "or to the working folder",
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="paired seed: initial weights and data order both follow it")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="paired seed: initial weights follow it, and the data's order where data.seed is empty"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)

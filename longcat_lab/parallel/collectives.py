@@ -6,7 +6,7 @@ autograd goes through a graph), so they meet as long as all processes of a group
 
 Bytes on the wire, g processes, n bytes of a process's own input (of all-gather: of its slice; of reduce-scatter: of one slice):
 
-    all-to-all       what goes to other processes; what stays costs nothing
+    all-to-all       (`exchange.py`) what goes to other processes; what stays costs nothing
     all-gather       (g - 1) n
     reduce-scatter   (g - 1) n
     all-reduce       2 (g - 1) n / g, rounded down to whole bytes: a reduce-scatter and an all-gather
@@ -16,7 +16,6 @@ Slices of different lengths are padded to the longest one where the collective w
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -77,6 +76,11 @@ def add_traffic(size: int, purpose: str | None = None) -> None:
             traffic[purpose] += size
 
 
+def purpose_now() -> str:
+    """What is counted for where this is called: a backward pass, which runs elsewhere, counts for the same."""
+    return _purpose.get()
+
+
 def _known(purpose: str) -> str:
     if purpose not in PURPOSES:
         raise ValueError(f"traffic is counted for {', '.join(PURPOSES)}, and not for '{purpose}'")
@@ -108,12 +112,12 @@ def part_sizes(length: int, parts: int) -> tuple[int, ...]:
 
 def sum_in_backward(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """x as it is; its gradient is the sum of all processes' gradients. Where all have the same x and go on with it in different ways."""
-    return x if group_size(group) == 1 else _SumInBackward.apply(x, group, _purpose.get())
+    return x if group_size(group) == 1 else _SumInBackward.apply(x, group, purpose_now())
 
 
 def sum_forward(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The sum of all processes' x; the gradient passes as it is. Where all go on with the sum in the same way."""
-    return x if group_size(group) == 1 else _SumForward.apply(x, group, _purpose.get())
+    return x if group_size(group) == 1 else _SumForward.apply(x, group, purpose_now())
 
 
 def own_part(x: Tensor, group: ProcessGroup | None, dim: int) -> Tensor:
@@ -121,7 +125,7 @@ def own_part(x: Tensor, group: ProcessGroup | None, dim: int) -> Tensor:
     if group_size(group) == 1:
         return x
     sizes = part_sizes(x.shape[dim], group.size())
-    return _OwnPart.apply(x, group, dim % x.ndim, sizes, _purpose.get())
+    return _OwnPart.apply(x, group, dim % x.ndim, sizes, purpose_now())
 
 
 def whole(x: Tensor, group: ProcessGroup | None, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
@@ -137,41 +141,14 @@ def whole(x: Tensor, group: ProcessGroup | None, dim: int, sizes: Sequence[int] 
     """
     if group_size(group) == 1:
         return x
-    return _Whole.apply(x, group, dim % x.ndim, _sizes(x, group, dim, sizes), _purpose.get())
+    return _Whole.apply(x, group, dim % x.ndim, _sizes(x, group, dim, sizes), purpose_now())
 
 
 def gathered(x: Tensor, group: ProcessGroup | None, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
     """As `whole`, but where processes go on in different ways: a slice's gradient is the sum over processes, by reduce-scatter."""
     if group_size(group) == 1:
         return x
-    return _Gathered.apply(x, group, dim % x.ndim, _sizes(x, group, dim, sizes), _purpose.get())
-
-
-def exchange(x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """All-to-all of rows: the first send_sizes[0] rows of x go to process 0, and so on; what comes is in order of the senders.
-
-    Args:
-        x: [sum of send_sizes, ...]; either may be empty, and all processes take part nevertheless.
-
-    Returns:
-        [sum of receive_sizes, ...]. The gradient goes the same way back.
-
-    Raises:
-        ValueError: sizes that do not fit x or the group.
-    """
-    if group_size(group) == 1:
-        return x
-    if len(x) != sum(send_sizes) or not len(send_sizes) == len(receive_sizes) == group.size():
-        raise ValueError(
-            f"exchange of {len(x)} rows over {group.size()} processes cannot send {list(send_sizes)} and receive {list(receive_sizes)}"
-        )
-    return _Exchange.apply(x, tuple(send_sizes), tuple(receive_sizes), group, _purpose.get())
-
-
-def exchange_counts(counts: Tensor, group: ProcessGroup | None) -> Tensor:
-    """counts int64 [g, ...], a row for each process, to the rows that were meant for this one, [g, ...] by sender."""
-    size = group_size(group)
-    return counts if size == 1 else _exchange(counts, (1,) * size, (1,) * size, group, _purpose.get())
+    return _Gathered.apply(x, group, dim % x.ndim, _sizes(x, group, dim, sizes), purpose_now())
 
 
 class _SumInBackward(Function):
@@ -232,18 +209,6 @@ class _Gathered(Function):
         return _sum_slices(d, *ctx.rest), None, None, None, None
 
 
-class _Exchange(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], *rest: Any) -> Tensor:
-        ctx.rest = receive, send, *rest
-        return _exchange(x, send, receive, *rest)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(d, *ctx.rest), None, None, None, None
-
-
 def _sum(x: Tensor, group: ProcessGroup, purpose: str) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)
@@ -283,11 +248,3 @@ def _sum_slices(x: Tensor, group: ProcessGroup, dim: int, sizes: tuple[int, ...]
 def _padded(x: Tensor, dim: int, length: int) -> Tensor:
     missing = length - x.shape[dim]
     return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, missing]) if missing else x
-
-
-def _exchange(x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: ProcessGroup, purpose: str) -> Tensor:
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=group)
-    row = math.prod(x.shape[1:]) * x.element_size()
-    add_traffic((sum(send) - send[group.rank()]) * row, purpose)
-    return out

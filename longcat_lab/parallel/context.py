@@ -16,7 +16,7 @@ from longcat_lab.blocks import Block
 from longcat_lab.blocks.context import Part
 from longcat_lab.errors import LabError
 from longcat_lab.model import LongcatLM
-from longcat_lab.parallel.collectives import count_traffic, gathered, place_in
+from longcat_lab.parallel.collectives import add_traffic, count_traffic, gathered, place_in, reduce_bytes
 
 
 def chunks_of(place: int, ways: int, length: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -39,6 +39,7 @@ def connect(model: LongcatLM, length: int, group: dist.ProcessGroup) -> None:
 
     def summed(x: Tensor) -> Tensor:
         dist.all_reduce(x, group=group)
+        add_traffic(reduce_bytes(x.nbytes, ways), "context")
         return x
 
     model.part = Part(chunks_of(place_in(group), ways, length), length, ways, whole, summed)

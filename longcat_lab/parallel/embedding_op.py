@@ -11,7 +11,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from longcat_lab.parallel.collectives import count_traffic, exchange, exchange_counts, gathered, group_size, place_in
+from longcat_lab.parallel.collectives import count_traffic, gathered, group_size, place_in
+from longcat_lab.parallel.exchange import exchange, exchange_counts
 
 Way = tuple[list[int], list[int], ProcessGroup]  # rows to send and to receive, by process
 

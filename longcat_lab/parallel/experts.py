@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longcat_lab.blocks.moe.experts_op import ZeroExpertType
 from longcat_lab.blocks.moe.module import MoE
 from longcat_lab.blocks.table import Table
+from longcat_lab.config.parallel import ParallelConfig
 from longcat_lab.parallel.collectives import count_traffic, own_part, part_sizes, sum_forward, whole
 from longcat_lab.parallel.embedding_op import sharded_rows, sum_over_copies
-from longcat_lab.parallel.expert_op import expert_parallel
+from longcat_lab.parallel.expert_op import Held, Picks
 from longcat_lab.parallel.locally import run_locally
 from longcat_lab.parallel.world import Group
 
 
-def connect_experts(module: MoE, group: dist.ProcessGroup, tensor: Group) -> None:
+@dataclasses.dataclass
+class _OfAll:
+    """Picks of this process's part (`sizes`) of the tokens that a tensor group shares."""
+
+    picks: Picks
+    tensor: Group
+    sizes: tuple[int, ...] | None
+
+    def compute(self, held: Held) -> None:
+        self.picks.compute(held)
+
+    def end(self) -> Tensor:
+        out = self.picks.end()
+        with count_traffic("tensor"):
+            return whole(out, self.tensor, 0, self.sizes)
+
+
+def connect_experts(module: MoE, group: dist.ProcessGroup, tensor: Group, how: ParallelConfig) -> None:
     """Lets `module`, which holds its part of the experts, ask the others. The processes of a tensor group have the same tokens: each
     sends a part of them, and all get all answers.
     """
-    n_routed = module.config.n_routed_experts
+    held = module.config.n_routed_experts // group.size()
 
-    def compute(u: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, zero_expert_type: str) -> Tensor:
+    def send(u: Tensor, slots: Tensor, weights: Tensor, zero_expert_type: ZeroExpertType) -> _OfAll:
         sizes = None if tensor is None else part_sizes(len(u), tensor.size())
         with count_traffic("tensor"):
             here = [own_part(each, tensor, 0) for each in (u, slots, weights)]
-        with count_traffic("expert"):
-            out = expert_parallel(*here, gate_up, down, zero_expert_type, group, n_routed)
-        with count_traffic("tensor"):
-            return whole(out, tensor, 0, sizes)
+        picks = Picks(*here, held, zero_expert_type, group, how.dispatch == "process", how.moe_chunks, how.overlap)
+        if hasattr(module, "unshard"):  # FSDP2's: weights come while rows travel, to be waited for where they are used
+            module.unshard(async_op=True)
+        return _OfAll(picks, tensor, sizes)
 
-    module.compute = compute
-    run_locally(module, [(module, "gate_up_proj"), (module, "down_proj")])
+    module.send = send
+    for method in ("forward", "apart"):
+        run_locally(module, [(module, "gate_up_proj"), (module, "down_proj")], method)
 
 
 def connect_table(module: Table, total: int, group: Group, tensor: Group) -> None:

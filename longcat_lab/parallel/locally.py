@@ -13,18 +13,21 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 Weight = tuple[nn.Module, str]  # a module, and the name of one of its own parameters
 
 
-def run_locally(module: nn.Module, weights: Sequence[Weight]) -> None:
+def run_locally(module: nn.Module, weights: Sequence[Weight], method: str = "forward") -> None:
     """From now on `module.forward` sees the local part of `weights` (DTensors of itself or of modules inside it) as plain tensors.
 
     Gradients go to the DTensors. Custom operators, and products of parts with parts, take no DTensors.
+
+    Args:
+        method: in place of `forward`.
     """
-    forward = module.forward
+    inner = getattr(module, method)
 
     def locally(*args: Any, **kwargs: Any) -> Any:
         with _local(weights):
-            return forward(*args, **kwargs)
+            return inner(*args, **kwargs)
 
-    module.forward = locally
+    setattr(module, method, locally)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from longcat_lab.parallel.stages import keep_stage, sum_tied_gradient
 from longcat_lab.parallel.world import World
 
 
-class _WithoutMemory(TorchFunctionMode):
+class WithoutMemory(TorchFunctionMode):
     """Parameters, which blocks make with torch.empty, on the meta device; buffers as they are."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -41,7 +41,7 @@ class _WithoutMemory(TorchFunctionMode):
 
 def build_part(config: RunConfig, world: World) -> LongcatLM:
     """This process's part of the model, before its data-parallel sharding."""
-    with torch.no_grad(), _WithoutMemory():
+    with torch.no_grad(), WithoutMemory():
         model = LongcatLM(config.model)
     if world.context is not None:
         context.check(model)
@@ -85,7 +85,7 @@ def build_part(config: RunConfig, world: World) -> LongcatLM:
 def _connect(config: RunConfig, model: LongcatLM, world: World, parts: dict[str, Slice]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, MoE) and world.expert is not None:
-            connect_experts(module, world.expert, world.tensor)
+            connect_experts(module, world.expert, world.tensor, config.parallel)
         elif isinstance(module, Table):
             part = parts.get(f"{name}.weight")
             module.rows = part.whole[0] if part else len(module.weight)
@@ -103,7 +103,7 @@ def shard(trainee: nn.Module, model: LongcatLM, world: World) -> None:
     `trainee` is what is called: it has `model` inside, and its forward pass is a whole step's. Gradients are sums: every process's loss
     is its part of the global batch's mean already.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard  # here: it takes seconds to load
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method  # here: it takes seconds to load
 
     # Nothing writes into what blocks return, which the warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -128,6 +128,7 @@ def shard(trainee: nn.Module, model: LongcatLM, world: World) -> None:
                 shard_placement_fn=lambda p, ways=ways: Shard(0 if p.to_local().shape[0] % ways == 0 or p.shape[1] % ways else 1),
                 ignored_params=None if world.dense.size() > 1 else {p for p in module.parameters() if p not in held},
             )
+            register_fsdp_forward_method(module, "apart")
     if world.dense is not None and world.dense.size() > 1:
         inner = [each for each in model.layers if isinstance(each, nn.Module) and list(each.parameters())]
         inner += [block.layer for block in model.mtp.layers] if model.mtp is not None else []
@@ -140,6 +141,15 @@ def shard(trainee: nn.Module, model: LongcatLM, world: World) -> None:
             module.set_gradient_divide_factor(1.0)
 
 
+def divide_again(trainee: nn.Module) -> None:
+    """Frees what a forward pass without a backward pass leaves gathered: the parts of which FSDP2 keeps for the latter."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in trainee.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def only_sum_last(trainee: nn.Module, last: bool) -> None:
     """Gradients of all micro-batches of a step but the last one stay where they are."""
     if hasattr(trainee, "set_requires_gradient_sync"):  # an FSDP2 module
@@ -149,7 +159,7 @@ def only_sum_last(trainee: nn.Module, last: bool) -> None:
 def finish_gradients(model: LongcatLM, world: World) -> None:
     """After the last backward pass of a step: sums that FSDP2 does not make."""
     for module in model.modules():
-        if isinstance(module, Table) and not module.idle:
+        if isinstance(module, Table) and not module.idle and module.weight.requires_grad:
             sum_table_gradient(module, world.embedding_replicate)
     sum_tied_gradient(model, world)
 

@@ -9,7 +9,7 @@ from torch import nn
 from longcat_lab.blocks.token_embedding.module import TokenEmbedding
 from longcat_lab.errors import LabError
 from longcat_lab.model import LongcatLM
-from longcat_lab.parallel.collectives import count_traffic
+from longcat_lab.parallel.collectives import add_traffic, reduce_bytes
 from longcat_lab.parallel.locally import local
 from longcat_lab.parallel.world import World
 
@@ -50,10 +50,13 @@ def sum_tied_gradient(model: LongcatLM, world: World) -> None:
     if world.ends is None or model.config.mtp is None or model.config.mtp.own_embedding:
         return
     weight = model.embed_tokens.weight
+    if not weight.requires_grad:
+        return
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    with count_traffic("pipeline"):
-        dist.all_reduce(local(weight.grad), group=world.ends)
+    gradient = local(weight.grad)
+    dist.all_reduce(gradient, group=world.ends)
+    add_traffic(reduce_bytes(gradient.nbytes, 2), "pipeline")
 
 
 def _rows_alone(model: LongcatLM) -> TokenEmbedding:

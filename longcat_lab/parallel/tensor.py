@@ -21,7 +21,7 @@ from longcat_lab.blocks.mla.module import MLA
 from longcat_lab.blocks.sparse_attention.module import SparseAttention
 from longcat_lab.blocks.swiglu.module import SwiGLU
 from longcat_lab.model import LongcatLM
-from longcat_lab.parallel.collectives import count_traffic, gathered, place_in, sum_forward, sum_in_backward
+from longcat_lab.parallel.collectives import add_traffic, count_traffic, gathered, place_in, reduce_bytes, sum_forward, sum_in_backward
 from longcat_lab.parallel.locally import Weight, run_locally
 
 
@@ -55,6 +55,7 @@ def connect(model: LongcatLM, group: dist.ProcessGroup) -> None:
 def _reduced(values: Tensor, group: dist.ProcessGroup, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     values = values.contiguous()
     dist.all_reduce(values, how, group)
+    add_traffic(reduce_bytes(values.nbytes, group.size()), "tensor")
     return values
 
 
@@ -70,12 +71,16 @@ def _attention(module: MLA, group: dist.ProcessGroup) -> None:
         with count_traffic("tensor"):
             return sum_forward(out, group)
 
+    def all_heads(q: Tensor) -> Tensor:
+        with count_traffic("tensor"):
+            return gathered(q.detach(), group, 2)
+
     module.query_latent = lambda x: entering(latent(x))
     module.latents = lambda x, rope: tuple(entering(each) for each in latents(x, rope))
     module.o_proj.register_forward_hook(leaving)
     if isinstance(module, SparseAttention):
         module.over_heads = lambda mass: _reduced(mass.clone(), group) / group.size()
-        module.all_heads = lambda q: gathered(q.detach(), group, 2)
+        module.all_heads = all_heads
     names = [name for name in ("q_proj", "q_b_proj", "kv_b_proj", "o_proj") if hasattr(module, name)]
     run_locally(module, [(getattr(module, name), "weight") for name in names])
 

@@ -7,7 +7,6 @@ from typing import Any
 from longcat_lab.config import RunConfig
 from longcat_lab.data import Batch, Corpus, Loader, ProbeLoader
 
-DATA_SEED_STRIDE = 1_000_003  # keeps (data.seed, seed) pairs apart in one number
 WARMUP_STREAM = 1 << 56  # of the warm-up's own order
 
 
@@ -16,7 +15,7 @@ def training_loader(config: RunConfig, corpus: Corpus, stream: int = 0, place: i
 
     place, ways: which part of each batch, of how many.
     """
-    seed = config.data.seed * DATA_SEED_STRIDE + config.seed + stream
+    seed = (config.seed if config.data.seed is None else config.data.seed) + stream
     if config.data.probe is not None:
         return ProbeLoader(corpus, config.data, seed, place, ways)
     return Loader(corpus.split("train"), config.data.sequence_length, config.data.batch_size, seed, place, ways)

@@ -37,7 +37,7 @@ def store(
 ) -> None:
     """A checkpoint after `step` steps; `state`: plain data, taken from the first process."""
     placement.merge_marks(model, world)
-    rows = _rows(model, world)
+    rows = table_rows(model, world)
     tensors = {**model_tensors(model, rows), **optimizer_tensors(model, optimizer, rows)}
     checkpoints.save(step, tensors, state, {RANDOM: torch.get_rng_state()})
 
@@ -48,7 +48,7 @@ def restore(checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.O
     Raises:
         LabError: all are damaged, or of another run.
     """
-    rows, slots = _rows(model, world), {}
+    rows, slots = table_rows(model, world), {}
 
     def make(saved: dict[str, Any]) -> dict[str, Tensor]:
         slots.update(empty_optimizer_tensors(model, optimizer, saved, rows))
@@ -61,7 +61,7 @@ def restore(checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.O
     return restored
 
 
-def _rows(model: nn.Module, world: World) -> dict[str, tuple[DeviceMesh, int]]:
+def table_rows(model: nn.Module, world: World) -> dict[str, tuple[DeviceMesh, int]]:
     """Tables, of which every process holds some rows as a plain tensor."""
     if world.embedding is None:
         return {}

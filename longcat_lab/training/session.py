@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from longcat_lab.config import RunConfig
-from longcat_lab.data import Loader, bits_per_byte, prepare
+from longcat_lab.data import bits_per_byte, prepare
 from longcat_lab.data.batch import window_count
 from longcat_lab.errors import LabError, is_out_of_memory
-from longcat_lab.model import LongcatLM, build
+from longcat_lab.model import build
 from longcat_lab.model.memory import check_memory
 from longcat_lab.parallel import faults
 from longcat_lab.parallel.checkpoint import Checkpoints
@@ -23,8 +23,10 @@ from longcat_lab.parallel.placement import build_part
 from longcat_lab.parallel.world import World
 from longcat_lab.training import conversion, device, evaluation_arms, growth, mechanisms, out_of_memory, requests
 from longcat_lab.training.batches import Batches
-from longcat_lab.training.checkpoint import restore, store
-from longcat_lab.training.evaluation import entry_measures, evaluate, evaluate_all
+from longcat_lab.training.checkpoint import restore, store, table_rows
+from longcat_lab.training.divided_weights import save_divided
+from longcat_lab.training.evaluation import evaluate
+from longcat_lab.training.final import conclude, entry_of
 from longcat_lab.training.loss import plan_step
 from longcat_lab.training.optimizer import added_bytes, clip, make_optimizer, set_learning_rate, split, split_table
 from longcat_lab.training.record import PEAK, Record
@@ -116,10 +118,7 @@ class Session:
     def _resume(self) -> None:
         restored = restore(self.checkpoints, self.model, self.optimizer, self.world)
         if restored is None:
-            with self.steps.whole() as model:
-                if self.world.first:
-                    batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
-                    self.initial = {f"{key}_initial": value for key, value in entry_measures(model, batch).items()}
+            self.initial = {f"{key}_initial": value for key, value in entry_of(self.steps, self.corpus, self.config).items()}
             return
         self.step, state = restored.step, restored.state
         self.seconds, self.window, self.initial = (state[key] for key in ("seconds", "window", "initial"))
@@ -133,9 +132,7 @@ class Session:
                 self.asked = asked
                 stopped = self._train()
             if not stopped:
-                with self.steps.whole() as model:
-                    if self.world.first:
-                        self._finish(model)
+                self._finish()
             self._close("interrupted" if stopped else "finished", "stopped as asked" if stopped else None)
         except KeyboardInterrupt:  # the second one: this step is lost, the last checkpoint is not
             self._close("interrupted", "stopped by the keyboard")
@@ -240,8 +237,7 @@ class Session:
             **self.steps.statistics(),
         }
         if self._validates():
-            with self.steps.whole() as model:
-                row["validation_bpb"] = evaluate(model, self.corpus, self.config, "validation") if self.world.first else None
+            row["validation_bpb"] = evaluate(self.model, self.corpus, self.config, "validation", over=self.steps.over)
         self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
         for sink in self.sinks:
             sink.log(row)
@@ -252,27 +248,28 @@ class Session:
         store(self.checkpoints, self.step, self.model, self.optimizer, self.world, state)
         self.sinks[0].save() if self.sinks else None
 
-    def _finish(self, model: LongcatLM) -> None:
-        self.record.content["final"] = self._final(model)
-        save_weights(model, self.folder / WEIGHTS) if self.config.training.keep_model else None
-
-    def _final(self, model: LongcatLM) -> dict[str, float]:
-        started, rows = time.perf_counter(), self.sinks[0].rows
-        found = evaluate_all(model, self.corpus, self.config)
-        found.update(evaluation_arms.evaluate_arms(model, self.corpus, self.config))
-        batch = next(Loader(self.corpus.split("train"), self.config.data.sequence_length, self.config.data.batch_size, 0))
-        self.record.content["timings"]["evaluation_seconds"] = time.perf_counter() - started
-        means = mechanisms.late_means(rows)
-        self.record.content["not_engaged"] = mechanisms.not_engaged(model, means)
-        return {
-            **found,
-            "train_loss": rows[-1]["loss"],
-            "tokens": rows[-1]["tokens"],
+    def _finish(self) -> None:
+        rows, content = self.sinks[0].rows if self.sinks else [], self.record.content
+        found = conclude(self.steps, self.corpus, self.config, rows)
+        content["timings"]["evaluation_seconds"] = found.seconds
+        content["not_engaged"] = found.not_engaged
+        if found.left_out:
+            content["left_out"] = found.left_out
+        content["final"] = {
+            **found.measures,
+            **({"train_loss": rows[-1]["loss"], "tokens": rows[-1]["tokens"]} if rows else {}),
             "epochs": self.batches.epoch,
             **self.initial,
-            **{f"{key}_final": value for key, value in entry_measures(model, batch).items()},
-            **mechanisms.over_blocks(means),
+            **{f"{key}_final": value for key, value in found.entry.items()},
+            **found.late,
         }
+        if not self.config.training.keep_model:
+            return
+        if self.world.size == 1:
+            save_weights(self.model, self.folder / WEIGHTS)
+        else:
+            rows_of = table_rows(self.model, self.world)
+            save_divided(self.model, self.folder / WEIGHTS, self.world, rows_of, self.config.parallel.timeout)
 
     def _close(self, status: str, reason: str | None) -> None:
         with contextlib.suppress(Exception) if status == "failed" else contextlib.nullcontext():  # told is what came first

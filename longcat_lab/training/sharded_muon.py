@@ -6,8 +6,6 @@ and sends each holder its part of the result. A matrix that lies whole on one pr
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,25 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from longcat_lab.parallel.collectives import count_traffic, exchange
+from longcat_lab.parallel.collectives import count_traffic
+from longcat_lab.parallel.dealing import Box, Share, box_size, deal
+from longcat_lab.parallel.exchange import exchange
 from longcat_lab.parallel.locally import local
 from longcat_lab.training.muon import orthogonalise, shape_factor
-
-Box = tuple[tuple[int, int], ...]  # (first, end) in each of three dimensions: matrix, row, column
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """Some matrices of one parameter that one process orthogonalises.
-
-    matrices: (first, end). sources: who sends which part of them. holders: who gets which part of the result.
-    """
-
-    parameter: int
-    owner: int
-    matrices: tuple[int, int]
-    sources: tuple[tuple[int, Box], ...]
-    holders: tuple[tuple[int, Box], ...]
 
 
 class ShardedMuon(torch.optim.Optimizer):
@@ -51,10 +35,12 @@ class ShardedMuon(torch.optim.Optimizer):
         boxes: list[list[Box]] = [None] * group.size()
         dist.all_gather_object(boxes, [_box(p) for p in self.members], group=group)
         self.boxes = boxes
-        self.shares = _plan([tuple(p.shape) for p in self.members], boxes)
+        self.shares = deal([tuple(p.shape) for p in self.members], boxes)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        if not any(p.requires_grad for p in self.members):  # frozen, as in the warm-up of indexers
+            return
         updates = [self._update(p, group) for p, group in zip(self.members, self.settings, strict=True)]
         with count_traffic("data"):
             found = self._orthogonalised(updates)
@@ -111,7 +97,7 @@ class ShardedMuon(torch.optim.Optimizer):
 
     def _swap(self, going: list[list[Tensor]], coming: list[list[Box]], kind: torch.dtype) -> list[Tensor]:
         """Every process's parts to their places; what came, sender by sender, in order."""
-        sizes = [[_size(box) for box in each] for each in coming]
+        sizes = [[box_size(box) for box in each] for each in coming]
         flat = [part.to(kind).flatten() for each in going for part in each]
         device = self.members[0].device
         sent = torch.cat(flat) if flat else torch.empty(0, dtype=kind, device=device)
@@ -122,10 +108,6 @@ class ShardedMuon(torch.optim.Optimizer):
 
 def _three(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-2:])
-
-
-def _size(box: Box) -> int:
-    return torch.Size([b - a for a, b in box]).numel()
 
 
 def _inside(matrices: Tensor, box: Box, first: int) -> Tensor:
@@ -140,31 +122,3 @@ def _box(parameter: Tensor) -> Box:
         shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     found = tuple((first, first + size) for first, size in zip(offset, shape, strict=True))
     return found if len(found) == 3 else ((0, 1), *found)
-
-
-def _plan(shapes: list[tuple[int, ...]], boxes: list[list[Box]]) -> list[Share]:
-    """Who orthogonalises what: each run of matrices that the same processes hold is dealt out among these, the least busy first."""
-    work, shares = [0.0] * len(boxes), []
-    for number, shape in enumerate(shapes):
-        held = [each[number] for each in boxes]
-        edges = sorted({edge for box in held for edge in box[0] if _size(box)})
-        cost = float(shape[-1]) * shape[-2] * min(shape[-2:])
-        for first, end in itertools.pairwise(edges):
-            holders = [(rank, ((first, end), *box[1:])) for rank, box in enumerate(held) if _size(box) and box[0][0] <= first < box[0][1]]
-            ways = min(end - first, len(holders))
-            at = [first + (end - first) * k // ways for k in range(ways + 1)]
-            for a, b in itertools.pairwise(at):
-                owner = min((rank for rank, _ in holders), key=lambda rank: (work[rank], rank))
-                work[owner] += cost * (b - a)
-                parts = tuple((rank, ((a, b), *box[1:])) for rank, box in holders)
-                shares.append(Share(number, owner, (a, b), _sources(parts, owner), parts))
-    return shares
-
-
-def _sources(parts: tuple[tuple[int, Box], ...], owner: int) -> tuple[tuple[int, Box], ...]:
-    """One of those that hold the same part; the owner itself where it is one of them."""
-    found: dict[Box, int] = {}
-    for rank, box in parts:
-        if box not in found or rank == owner:
-            found[box] = rank
-    return tuple((rank, box) for box, rank in found.items())

@@ -16,8 +16,6 @@ from longcat_lab.parallel.collectives import (
     add_traffic,
     count_traffic,
     counted,
-    exchange,
-    exchange_counts,
     gathered,
     group_size,
     own_part,
@@ -27,6 +25,7 @@ from longcat_lab.parallel.collectives import (
     sum_in_backward,
     whole,
 )
+from longcat_lab.parallel.exchange import exchange, exchange_counts, post_exchange
 from tests.parallel.processes import ProcessError, dist_run
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -121,6 +120,10 @@ def check_exchange(group):
         same(exchange(came, receive, send, group), x.contiguous())
         if dtype.is_floating_point:  # the gradient of what came, 2 of it, goes back to where it was sent from
             same(gradient_of(lambda t, s=send, r=receive: exchange(t, s, r, group), x, 2 * expected)[1], 2 * x)
+        for at_once in (False, True):  # two under way at a time, waited for in the other order
+            ways = [post_exchange(t, *way, group, at_once) for t, way in ((x, (send, receive)), (expected, (receive, send)))]
+            same(ways[1].wait(), x.contiguous())
+            same(ways[0].wait(), came)
     each = torch.arange(size * size * 3).view(size, size, 3)
     same(exchange_counts(each[place], group), each[:, place])
     with pytest.raises(ValueError, match="cannot send"):
@@ -281,6 +284,7 @@ def test_one_process_needs_no_group():
             gathered(x, None, -1),
             exchange(x, [4], [4], None),
             exchange_counts(x, None),
+            post_exchange(x, [4], [4], None).wait(),
         ):
             assert same_object is x
     assert not traffic and group_size(None) == 1 and place_in(None) == 0
@@ -304,11 +308,13 @@ def fails_before(rank):
     return sum_forward(torch.ones(2), dist.group.WORLD)
 
 
-def never_comes(folder):
-    """Rank 1 lives and stays away, until rank 0 has said that it waited in vain."""
+def never_comes(folder, backward):
+    """Rank 1 lives and stays away (from the backward pass alone, if so), until rank 0 has said that it waited in vain."""
+    if backward:
+        came = exchange(torch.ones(2, 3, requires_grad=True), [1, 1], [1, 1], dist.group.WORLD)
     if dist.get_rank() == 0:
         try:
-            exchange_counts(torch.ones(2, 1, dtype=torch.int64), dist.group.WORLD)
+            came.sum().backward() if backward else exchange_counts(torch.ones(2, 1, dtype=torch.int64), dist.group.WORLD)
         finally:
             Path(folder, "gave up").touch()
     end = time.monotonic() + 60
@@ -332,10 +338,11 @@ def test_what_one_process_raises_is_what_is_told():
     assert 1 in told.value.reports
 
 
-def test_a_process_that_stays_away_becomes_an_error_and_no_hang(tmp_path):
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_process_that_stays_away_becomes_an_error_and_no_hang(tmp_path, backward):
     with pytest.raises(ProcessError, match=r"(?s)rank 0 of 2 failed first:.*(Timed out|timed out|timeout)") as told:
-        dist_run(never_comes, 2, str(tmp_path), timeout=2)
-    assert "exchange_counts" in told.value.reports[0]
+        dist_run(never_comes, 2, str(tmp_path), backward, timeout=2)
+    assert ("in backward" if backward else "exchange_counts") in told.value.reports[0]
 
 
 def test_a_process_that_dies_is_an_error_too():

@@ -89,7 +89,8 @@ class _Streamed(torch.autograd.Function):
         for begin, end in _chunks(q, k.shape[1], heads=index_q.shape[2] + 2):
             mass = attention_mass(q, k, first, scale, begin, end)
             seen = visible_keys(first, q.shape[1], k.shape[1], q.device, begin, end)
-            with torch.enable_grad():
+            # A graph that ends here: where layers keep no activations, its backward pass must not make them run again.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
                 part = [leaves[0][:, begin:end], leaves[1], leaves[2][:, begin:end]]
                 scores = index_scores(*part).masked_fill(~seen, -torch.inf)
                 loss = divergence(mass, scores, weights[:, begin:end], temperature)
@@ -103,6 +104,10 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, given):
         return *(each * given.to(each.dtype) for each in ctx.saved_tensors), None, None, None, None, None, None
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def dense_divergence(

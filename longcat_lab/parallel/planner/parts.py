@@ -97,6 +97,11 @@ class Part:
     def tables(self) -> tuple[tuple[int, ...], ...]:
         return tuple(p.shape for p in self.parameters if p.kind == "table")
 
+    @cached_property
+    def known(self) -> dict[object, Any]:
+        """Found once, by who asked and for what."""
+        return {}
+
     def products(self, steps: int) -> float:
         """FLOPs of one Muon step on all its matrices."""
         return steps * self._one_step
@@ -120,7 +125,7 @@ def model_parts(config: RunConfig) -> list[Part]:
     for index in range(model.num_layers):
         parts.append(_layer(f"layers.{index}", model.layer, replace(shape, layer_index=index), model))
     head = Budget.of_weights(model.hidden_size * model.vocab_size)
-    names = _parameters(_meta(lambda: _Head(model, shape)))
+    names = read_parameters(_meta(lambda: _Head(model, shape)))
     parts.append(Part("head", tuple(names), {"other": (head.flops_per_token,)}))
     if model.mtp is not None:
         parts.append(_mtp(config, model, shape))
@@ -138,7 +143,7 @@ def _meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _parameters(module: nn.Module) -> list[Parameter]:
+def read_parameters(module: nn.Module) -> list[Parameter]:
     """Every parameter of `module` (on the meta device), tables that idle left out."""
     found, roles, stacks, kinds = [], {}, {}, {}
     for prefix, inner in module.named_modules():
@@ -163,7 +168,7 @@ def _parameters(module: nn.Module) -> list[Parameter]:
 
 def _embedding(model: ModelConfig, shape: ModelShape) -> Part:
     cost = model.embedding.budget(shape)
-    return Part("embedding", tuple(_parameters(_meta(lambda: model.embedding.build(shape)))), {"other": (cost.flops_per_token,)})
+    return Part("embedding", tuple(read_parameters(_meta(lambda: model.embedding.build(shape)))), {"other": (cost.flops_per_token,)})
 
 
 def _layer(name: str, layer: BlockConfig, place: ModelShape, model: ModelConfig) -> Part:
@@ -181,7 +186,7 @@ def _layer(name: str, layer: BlockConfig, place: ModelShape, model: ModelConfig)
     known = sum(sum(values) for values in flops.values())
     flops["other"] = (max(layer.budget(place).flops_per_token - known, 0.0),)
     gathered = tuple(float(a.state_bytes_per_token) for a in attentions)
-    parameters = tuple(_parameters(module))
+    parameters = tuple(read_parameters(module))
     absorbed = hasattr(model.attention, "selects") and model.attention.selects(place)
     expanded = 0.0 if absorbed else sum(2.0 * p.count for p in parameters if "kv_b_proj" in p.name)
     return Part(name, parameters, flops, gathered, expanded, mixtures, each, dense)
@@ -197,7 +202,7 @@ def _mtp(config: RunConfig, model: ModelConfig, shape: ModelShape) -> Part:
     found = totals(config)
     cost = found["flops_per_token"] - found["flops_per_token_without_mtp"]
     module = _meta(lambda: model.mtp.build(shape))
-    return Part("mtp", tuple(_parameters(module)), {"other": (cost,)})
+    return Part("mtp", tuple(read_parameters(module)), {"other": (cost,)})
 
 
 def idle_parameters(config: RunConfig) -> int:

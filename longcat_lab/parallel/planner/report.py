@@ -18,6 +18,7 @@ FIXED = (
     "collectives over several levels send each byte once over the outer level (hierarchical); other levels work beside it",
     "expert groups lie inside a superpod, tensor groups inside a server; ranks are numbered tensor, context, data, pipeline outwards",
     "zero1: bf16 weights and fp32 gradients on each rank, fp32 master and moments over all copies; sharded: fp32 all over one copy (FSDP2)",
+    "sharded: the model's ends stay gathered through a step, and gradients of all micro-batches but the last are kept whole (FSDP2)",
     "tables: 18 bytes a parameter (bf16, fp32 gradient, master, two moments) at the owner; copies that are never read are not held",
     "zero1's reduce-scatter and all-gather hide behind one micro-batch's arithmetic, FSDP2's behind its own stage's",
     "context: the gather hides behind half of the attention's arithmetic; every rank makes keys and values of all gathered tokens",

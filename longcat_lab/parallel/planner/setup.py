@@ -15,7 +15,7 @@ from longcat_lab.config import ParallelConfig, RunConfig
 from longcat_lab.errors import LabError
 from longcat_lab.node import Node
 from longcat_lab.parallel.layout import Layout, make_layout
-from longcat_lab.parallel.planner.activations import Kept, layer_kept
+from longcat_lab.parallel.planner.activations import ACCELERATOR, Keeping, Kept, embedding_kept, head_kept, layer_kept, prediction_kept
 from longcat_lab.parallel.planner.hardware import read_description
 from longcat_lab.parallel.planner.parts import Part, model_parts
 from longcat_lab.parallel.planner.pipeline import chunks_of, rank_of
@@ -39,6 +39,7 @@ class Setup(Node):
         "none", description="run again in backward: nothing; SwiGLU and norms; heads' keys and values too; layers"
     )
     fold: bool = Field(True, description="a pick's weight is multiplied in before the down projection, so that outputs are not kept")
+    layers_per_stage: list[int] | None = Field(None, description="of schedules with one chunk; empty: as even as the work")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="of matrices; all else, tables too, has AdamW")
     dispatch: Literal["all-to-all", "all-gather"] = Field("all-to-all", description="how tokens come to experts")
     overlap: bool = Field(True, description="dispatch and combine behind the dense branch of a shortcut layer")
@@ -87,13 +88,18 @@ Held = dict[int, int]  # number of a part (of `Model.parts`) to how many like it
 class Model:
     """A configuration taken apart once, for many setups of one sequence length.
 
-    kept: what each layer keeps of a token, and nothing for other parts. alike: for each part the number of the first one that is like it.
+    kept: what each layer keeps of a token, and nothing for other parts; beside: what these keep, and nothing for layers. keeping: by what
+    operators. alike: for each part the number of the first one that is like it. rows: the token's rows, which the last of several stages
+    holds too where prediction steps read them; None where they do not.
     """
 
     config: RunConfig
     parts: tuple[Part, ...]
     kept: tuple[tuple[Kept, ...], ...]
+    beside: tuple[tuple[Kept, ...], ...]
+    keeping: Keeping
     alike: tuple[int, ...]
+    rows: Part | None
     known: dict[object, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)  # found once, by who asked and for what
 
     @property
@@ -106,8 +112,12 @@ class Model:
         return self.parts[1 + self.config.model.num_layers :]
 
 
-def take_apart(config: RunConfig, sequence_length: int) -> Model:
-    """Raises LabError where the model cannot take sequences of this length."""
+def take_apart(config: RunConfig, sequence_length: int, keeping: Keeping = ACCELERATOR) -> Model:
+    """`keeping`: of the operators that it is to run with.
+
+    Raises:
+        LabError: the model cannot take sequences of this length.
+    """
     if sequence_length > config.model.max_position_embeddings:
         raise LabError(
             f"A sequence of {sequence_length} tokens is above model.max_position_embeddings {config.model.max_position_embeddings}: "
@@ -118,10 +128,17 @@ def take_apart(config: RunConfig, sequence_length: int) -> Model:
     shape = dataclasses.replace(config.model.shape(), sequence_length=sequence_length)
     places = [dataclasses.replace(shape, layer_index=index) for index in range(config.model.num_layers)]
     parts = model_parts(config)
-    layers = [tuple(layer_kept(config.model.layer, place)) for place in places]
+    layers = [tuple(layer_kept(config.model.layer, place, keeping)) for place in places]
     kept = ((), *layers, *((),) * (len(parts) - 1 - len(layers)))
+    mtp, rows = config.model.mtp, None
+    ends = [tuple(head_kept(shape.hidden_size, keeping))]
+    if mtp is not None:
+        ends.append(tuple(prediction_kept(mtp, shape, keeping)) if mtp.weight_at(0.0) else ())
+        if not mtp.own_embedding:
+            rows = Part("token rows", tuple(p for p in parts[0].parameters if p.role == "embedding"), {})
+    beside = (tuple(embedding_kept(config.model.embedding, shape, keeping)), *((),) * len(layers), *ends)
     what = [(part.parameters, part.flops, part.kept_gather, part.mixtures, own) for part, own in zip(parts, kept, strict=True)]
-    return Model(config, tuple(parts), kept, tuple(what.index(each) for each in what))
+    return Model(config, tuple(parts), kept, beside, keeping, tuple(what.index(each) for each in what), rows)
 
 
 def check_setup(model: Model, setup: Setup) -> Layout:
@@ -172,7 +189,7 @@ def divide(layers: int, chunks: int, schedule: str, stages: int, behind: float) 
 
 def stage_parts(model: Model, setup: Setup) -> list[Held]:
     """What each stage holds."""
-    key = "parts", setup.pipeline, setup.schedule
+    key = "parts", setup.pipeline, setup.schedule, tuple(setup.layers_per_stage or ())
     if key not in model.known:
         model.known[key] = _stage_parts(model, setup)
     return model.known[key]
@@ -181,7 +198,11 @@ def stage_parts(model: Model, setup: Setup) -> list[Held]:
 def _stage_parts(model: Model, setup: Setup) -> list[Held]:
     layers, chunks = model.config.model.num_layers, setup.pipeline * setup.chunks
     held: list[list[int]] = [[] for _ in range(setup.pipeline)]
-    for chunk, (first, end) in enumerate(divide(layers, chunks, setup.schedule, setup.pipeline, end_weight(model))):
+    cuts = divide(layers, chunks, setup.schedule, setup.pipeline, end_weight(model))
+    if setup.layers_per_stage is not None:
+        ends = [sum(setup.layers_per_stage[: stage + 1]) for stage in range(setup.pipeline)]
+        cuts = tuple(zip([0, *ends[:-1]], ends, strict=True))
+    for chunk, (first, end) in enumerate(cuts):
         held[rank_of(setup.schedule, setup.pipeline, chunk)] += range(1 + first, 1 + end)
     held[0].insert(0, 0)
     held[rank_of(setup.schedule, setup.pipeline, chunks - 1)] += range(1 + layers, len(model.parts))

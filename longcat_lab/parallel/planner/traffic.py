@@ -136,8 +136,8 @@ def _data(setup: Setup, parts: Parts, fabric: Fabric) -> list[Flow]:
             continue
         passes = 2 * setup.micros  # gathered for forward and again for backward
         put(f"all-gather of {kind} weights", scaled(gather(BF16 * count / shard, stride, shard, fabric), passes), passes * units)
-        scatter = scaled(gather(FP32 * count / shard, stride, shard, fabric), setup.micros)
-        put(f"reduce-scatter of {kind} gradients", scatter, setup.micros * units)
+        # Gradients of a step's micro-batches are added up where they are made, and summed over ranks once.
+        put(f"reduce-scatter of {kind} gradients", gather(FP32 * count / shard, stride, shard, fabric), units)
         put(f"all-reduce of {kind} gradients", reduce(FP32 * count / shard, inside, replicas, fabric), units)
     if counts.get("table"):
         put("all-reduce of table gradients", reduce(FP32 * counts["table"], setup.embedding, stage // setup.embedding, fabric), 1)

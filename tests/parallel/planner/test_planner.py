@@ -160,8 +160,8 @@ def test_memory_and_time_move_as_they_must(nano):
         return estimate(model, setup, h800, fabric, assumptions())
 
     whole, sharded = of().memory[0], of(weights="sharded").memory[0]
-    assert whole.state == pytest.approx(sharded.state * 12 / 8)  # the master weights are the weights there
-    assert whole.weights / 2 == pytest.approx(sharded.weights / 4 * 8)
+    assert whole.state == pytest.approx(sharded.state * 12 / 8, rel=1e-3)  # the master weights are the weights there; padding, step counts
+    assert whole.weights / 2 == pytest.approx(sharded.weights / 4 * 8, rel=1e-3)
     assert of(recompute="full").memory[0].activations < of(recompute="selective").memory[0].activations < whole.activations
     assert of(recompute="full").step > of().step
     assert of(embedding=8).memory[0].tables == pytest.approx(whole.tables / 8, rel=0.01)
