@@ -64,6 +64,7 @@ def train(
     config: Annotated[str, typer.Argument(help="a preset or a YAML file")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the run's folder; runs/single/IDENTITY if not given")] = None,
+    nproc: Annotated[int | None, typer.Option(help="processes that are started for it on this machine, as torchrun does")] = None,
 ) -> None:
     """Train one run; the same command goes on from its checkpoint after a stop."""
     from longcat_lab.config import load
@@ -82,7 +83,7 @@ def train(
     with world.others_wait():
         if world.is_first():
             prepare(resolved.data, resolved.model.vocab_size, progress=lambda line: typer.echo(f"data: {line}", err=True))
-    finished = fit(resolved, out, progress=sys.stderr.isatty())
+    finished = fit(resolved, out, progress=sys.stderr.isatty(), nproc=nproc)
     if world.is_first():
         typer.echo((finished.path / "optimizer.txt").read_text(encoding="utf-8"))
         for key, value in finished.summary.items():
