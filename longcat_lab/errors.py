@@ -32,6 +32,17 @@ class LabError(Exception):
         return traceback.format_exception(self)
 
 
+class Diverged(LabError):
+    """The loss of a run is no number any more, or has stayed far above where it began. That is a result: the run is over.
+
+    `reason` says it in a table, as in `diverged at step 120: loss nan`.
+    """
+
+    def __init__(self, sentence: str, reason: str = "") -> None:
+        super().__init__(sentence)
+        self.reason = reason or sentence
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, an accelerator, torch on the CPU or the operating system had no memory to give."""
     if isinstance(error, OSError):

@@ -103,6 +103,9 @@ class TrainingConfig(Node):
     device: str = Field("auto", description="auto: the accelerator at hand, else cpu")
     threads: int = Field(1, ge=1, description="CPU threads; small models are fastest with one, and the bits follow the number")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.parquet")
+    diverged_factor: float | None = Field(
+        3.0, gt=1, description="a loss above so many times its first logged value for 5 rows ends the run as diverged; empty: never"
+    )
     evaluate_every: int | None = Field(None, ge=1, description="steps between validations; empty: only at the end")
     evaluation_sequences: int = Field(128, ge=1, description="sequences of each held-out split, always the same ones")
     attention_measures: int = Field(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat_lab.config import RunConfig
-from longcat_lab.errors import LabError
+from longcat_lab.errors import Diverged, LabError
 from longcat_lab.files import read_json
 from longcat_lab.training import device
 from longcat_lab.training.run import Run
@@ -41,8 +41,9 @@ def fit(
             has started.
 
     Raises:
-        LabError: the folder holds another run or another process trains in it, the text is too short, the loss is not a number any
-            more, memory or disk is full, a block of the model is known in this process alone (with `nproc`), another process failed.
+        Diverged: the loss is no number any more, or stays far above where it began (`training.diverged_factor`); the run is over.
+        LabError: the folder holds another run or another process trains in it, the text is too short, memory or disk is full, a block
+            of the model is known in this process alone (with `nproc`), another process failed.
         KeyboardInterrupt: as ever, but at the end of the step and after a checkpoint; a second one raises at once.
     """
     if nproc is not None:
@@ -80,6 +81,8 @@ def take(folder: Path, identity: str, held: contextlib.ExitStack) -> dict[str, A
     before = before if isinstance(before, dict) else {}
     if before.get("identity", identity) != identity:
         raise LabError(f"{folder} holds another run ({before['identity']}, this one is {identity}): give another folder or delete it.")
+    if before.get("status") == "diverged":
+        raise Diverged(f"{before['reason']} (So it ended before; to train it once more all the same, delete {folder}.)")
     if before.get("status") != "finished":
         remove_leftovers(folder)
     return before

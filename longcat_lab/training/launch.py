@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-import longcat_lab
 from longcat_lab.config import RunConfig
 from longcat_lab.config.plugins import check_portable, contents
 from longcat_lab.config.yaml import write_yaml
-from longcat_lab.errors import LabError
+from longcat_lab.errors import Diverged, LabError
 from longcat_lab.files import read_json, sentence_of, write_whole
 from longcat_lab.parallel.faults import LOST, PARENT
 from longcat_lab.parallel.layout import make_layout
 from longcat_lab.training import provenance, requests
+from longcat_lab.training.environment import environment_for
 from longcat_lab.training.fit import HELD, take
 from longcat_lab.training.run import Run
 from longcat_lab.training.sitting import finish_the_step
@@ -33,7 +33,6 @@ LOG, CONFIG = "train.log", "config.yaml"
 RESTARTS = 3
 LOOK_EVERY = 0.2  # seconds
 GONE_IN = 30.0  # seconds within which all workers have ended after torchrun was killed
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 SAYS = "longcat-lab: "
 STOPPED = SAYS + "stopped;"
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -172,16 +171,9 @@ class _Workers:
         self.listener.start()
 
     def _environment(self) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if key not in _LAUNCHER and not key.startswith(("TORCHELASTIC_", "PET_"))}
-        library = str(Path(longcat_lab.__file__).resolve().parents[1])
-        path = dict.fromkeys(filter(None, [library, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
-        return {
-            **kept,
-            **dict.fromkeys(THREADS, str(self.config.training.threads)),
-            "PYTHONPATH": os.pathsep.join(path),
-            PARENT: str(os.getpid()),
-            HELD: str(self.folder.resolve()),
-        }
+        started = environment_for(self.config.training.threads, keep=False)
+        kept = {key: value for key, value in started.items() if key not in _LAUNCHER and not key.startswith(("TORCHELASTIC_", "PET_"))}
+        return {**kept, PARENT: str(os.getpid()), HELD: str(self.folder.resolve())}
 
     def __enter__(self) -> _Workers:
         return self
@@ -218,13 +210,13 @@ class _Workers:
 
     def conclude(self) -> None:
         """Raises LabError where they did not end well."""
-        if self.final:
-            raise LabError(self.final)
-        if self.agent.wait() == 0:
+        if not self.final and self.agent.wait() == 0:
             return
-        self.listener.join(GONE_IN)
+        if not self.final:
+            self.listener.join(GONE_IN)
         if self.final:
-            raise LabError(self.final)
+            diverged = (read_json(self.folder / "run.json") or {}).get("status") == "diverged"
+            raise Diverged(self.final) if diverged else LabError(self.final)
         raise LabError(
             f"The {self.nproc} processes that train in {self.folder} died {RESTARTS + 1} times, often for lack of memory: the end of "
             f"{self.folder / LOG} says how, and the same call goes on from the last checkpoint."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,14 @@ import torch
 from longcat_lab.config import RunConfig
 from longcat_lab.data import bits_per_byte, prepare
 from longcat_lab.data.batch import window_count
-from longcat_lab.errors import LabError, is_out_of_memory
+from longcat_lab.errors import Diverged, LabError, is_out_of_memory
 from longcat_lab.model import build
 from longcat_lab.model.memory import check_memory
 from longcat_lab.parallel import faults
 from longcat_lab.parallel.checkpoint import Checkpoints
 from longcat_lab.parallel.placement import build_part
 from longcat_lab.parallel.world import World
-from longcat_lab.training import conversion, device, evaluation_arms, growth, mechanisms, out_of_memory, requests
+from longcat_lab.training import conversion, device, divergence, evaluation_arms, growth, mechanisms, out_of_memory, requests
 from longcat_lab.training.batches import Batches
 from longcat_lab.training.checkpoint import restore, store, table_rows
 from longcat_lab.training.divided_weights import save_divided
@@ -137,6 +136,12 @@ class Session:
         except KeyboardInterrupt:  # the second one: this step is lost, the last checkpoint is not
             self._close("interrupted", "stopped by the keyboard")
             raise
+        except Diverged as error:
+            rows = self.sinks[0].rows if self.sinks else []
+            self.record.content["final"] = {"train_loss": rows[-1]["loss"], "tokens": rows[-1]["tokens"]} if rows else {}
+            self._close("diverged", str(error))
+            self.checkpoints.remove_all()
+            raise
         except Exception as error:
             if is_out_of_memory(error):
                 self.model = self.optimizer = None  # a notebook keeps this object for as long as it keeps the traceback
@@ -174,8 +179,7 @@ class Session:
                     self.window["sums"][key] = self.window["sums"].get(key, 0.0) + value
                 self.window["steps"] += 1
                 self.window["seconds"] += spent
-                if not math.isfinite(loss):
-                    raise LabError(f"The loss is {loss} at step {self.step}: lower training.optimizer.learning_rate or raise warmup_steps.")
+                divergence.check_number(loss, self.step)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if self.step % training.log_every == 0 or self.step == training.steps or self._validates():
@@ -241,6 +245,9 @@ class Session:
         self.window = {"sums": {}, "steps": 0, "seconds": 0.0}
         for sink in self.sinks:
             sink.log(row)
+        factor = self.config.training.diverged_factor
+        if self.world.any(bool(self.sinks) and divergence.stays_above(self.sinks[0].rows, factor)):
+            raise divergence.too_high(row["loss"], factor, self.step)
 
     def _checkpoint(self) -> None:
         state = {"seconds": self.seconds, "window": self.window, "initial": self.initial, "loader": self.batches.state_dict()}

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import longcat_lab as lab
-from longcat_lab.errors import LabError
+from longcat_lab.errors import Diverged, LabError
 from longcat_lab.files import read_json
 from longcat_lab.training.requests import is_training
 from tests.parallel.launched import checkpoints, config_of, everybody, rows, until, workers
@@ -60,7 +60,7 @@ def test_an_interrupt_ends_all_processes_with_a_checkpoint_from_which_another_nu
 
 def test_what_a_worker_says_is_one_sentence_and_nobody_starts_it_again(tmp_path):
     config = config_of(20, "training.optimizer.learning_rate=1e30", "training.schedule.warmup_steps=0")
-    with pytest.raises(LabError, match=r"^The loss is nan at step \d+: lower training.optimizer.learning_rate"):
+    with pytest.raises(Diverged, match=r"^The loss is nan at step \d+: lower training.optimizer.learning_rate"):
         lab.fit(config, tmp_path / "run", nproc=1, progress=False)
     assert not everybody(tmp_path / "run") and not is_training(tmp_path / "run")
     assert (tmp_path / "run" / "train.log").read_text().count("longcat-lab: ") == 1

@@ -16,9 +16,11 @@ import torch
 import longcat_lab as lab
 from longcat_lab.config import ScheduleConfig, load
 from longcat_lab.data import prepare
+from longcat_lab.errors import Diverged
 from longcat_lab.files import read_json
 from longcat_lab.model import build
 from longcat_lab.training import identity
+from longcat_lab.training.divergence import stays_above
 from longcat_lab.training.optimizer import clip, make_optimizer, roles
 from longcat_lab.training.schedule import learning_rate_factor
 from longcat_lab.training.weights import WEIGHTS
@@ -188,10 +190,32 @@ def test_roles_decide_rate_decay_and_clipping():
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_reason(tmp_path):
-    with pytest.raises(lab.LabError, match=r"The loss is (nan|inf) at step"):
-        lab.fit(load("tiny", "training.optimizer.learning_rate=1e30", "training.schedule.warmup_steps=0"), tmp_path / "run", progress=False)
+    bad = load("tiny", "training.optimizer.learning_rate=1e30", "training.schedule.warmup_steps=0", "training.log_every=1")
+    with pytest.raises(Diverged, match=r"The loss is (nan|inf) at step"):
+        lab.fit(bad, tmp_path / "run", progress=False)
     record = read_json(tmp_path / "run/run.json")
-    assert record["status"] == "failed" and "learning_rate" in record["reason"]
+    assert record["status"] == "diverged" and "learning_rate" in record["reason"]
+    rows = lab.Run(tmp_path / "run").metrics
+    assert len(rows) >= 1 and record["final"]["train_loss"] == rows["loss"].iloc[-1]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    with pytest.raises(Diverged, match="So it ended before"):  # it would only do so again
+        lab.fit(bad, tmp_path / "run", progress=False)
+
+
+def test_a_loss_that_stays_far_above_its_start_ends_the_run():
+    rows = [{"loss": loss} for loss in (6.0, 5.0, 19.0, 30.0, 18.5, 20.0)]
+    assert not stays_above(rows, 3.0)  # one of the last five is not above
+    assert stays_above([*rows, {"loss": 18.01}], 3.0)
+    assert not stays_above([*rows, {"loss": 18.0}], 3.0) and not stays_above([*rows, {"loss": 18.01}], None)
+
+
+def test_a_run_that_climbs_is_ended_and_a_healthy_one_is_not(tmp_path):
+    often = ("training.log_every=1", "training.schedule.warmup_steps=0", "training.steps=60", "training.evaluation_sequences=2")
+    climbs = load("tiny", *often, "training.optimizer.learning_rate=1", "training.optimizer.clip_norm=1000", "training.diverged_factor=1.2")
+    with pytest.raises(Diverged, match=r"for 5 rows above 1.2 times the first one: lower training.optimizer.learning_rate"):
+        lab.fit(climbs, tmp_path / "climbs", progress=False)
+    losses = lab.Run(tmp_path / "climbs").metrics["loss"]
+    assert (losses.iloc[-5:] > 1.2 * losses.iloc[0]).all() and len(losses) < 60
 
 
 def test_a_cut_checkpoint_is_named_and_not_trained_on(tmp_path):

@@ -31,7 +31,7 @@ from longcat_lab.training.environment import environment_for
 from longcat_lab.training.requests import ask_to_stop, is_training, stop_asked
 
 LOG, CONFIG = "train.log", "config.yaml"
-ENDED = ("finished", "interrupted", "failed")
+ENDED = ("finished", "interrupted", "failed", "diverged")
 LOOK_EVERY = 0.1  # seconds
 ROOM = "lower data.batch_size or set training.micro_batch_size"
 GOES_ON = "training again goes on from the last checkpoint"
@@ -266,7 +266,8 @@ class Training:
         fresh = self._before is None or _changed(self.folder / "run.json") != self._before
         status, reason = record.get("status"), record.get("reason") or ""
         if (fresh or code == 0) and status in ENDED:
-            self._end(status, one_line(reason) or "The training failed without a word." if status == "failed" else reason)
+            badly = status in ("failed", "diverged")
+            self._end("failed" if badly else status, one_line(reason) or "The training failed without a word." if badly else reason)
         elif code is None:
             self._end("failed", f"The training ended without a word (killed, or the machine went down): {GOES_ON}.")
         elif code < 0:

@@ -87,7 +87,7 @@ def _summary(run: Follower, go_on: str) -> str:
         loss = f", training loss {run.last['loss']:.4f}" if "loss" in run.last else ""
         done = f"Stopped at step {timings.get('steps_done', 0):,} of {steps:,}{loss}" + (f" ({layout})" if layout else "")
         return f"{done}: checkpoint and metrics are kept, {go_on} goes on from there."
-    if record.get("status") == "failed":
+    if record.get("status") in ("failed", "diverged"):
         return f"Failed: {record.get('reason') or 'without a word.'}"
     if record.get("status") == "running" and not is_training(run.folder):
         done = f" after step {int(run.last['step']):,} of {steps:,}" if "step" in run.last else ""
