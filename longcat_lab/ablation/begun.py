@@ -14,7 +14,7 @@ from typing import Any
 from longcat_lab.ablation import store
 
 # What decides how an answer is judged, and which answers there should be.
-KEYS = ("question", "hypothesis", "metric", "smallest_effect", "claims", "baseline", "variants", "seeds")
+KEYS = ("question", "hypothesis", "metric", "smallest_effect", "claims", "baseline", "variants", "seeds", "data_seeds")
 NAMED = 12  # folders that one sentence names
 
 
@@ -88,8 +88,8 @@ def edited_when(jobs: list[Begun], planned: set[tuple[str, int]]) -> str:
 
 
 def edited(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Keys in which two contents of ablation.yaml ask otherwise; what the runner writes there by itself is none."""
-    by_itself = ("solved", "copied", "changes", "before")
+    """Keys in which two contents of ablation.yaml ask otherwise; what the runner writes there by itself, and where jobs run, is none."""
+    by_itself = ("solved", "measured", "tuning", "noise", "copied", "changes", "before", "resources")
     return [key for key in {**before, **now} if _asked(before, key) != _asked(now, key) and key not in by_itself]
 
 

@@ -1,9 +1,11 @@
-"""The sweep's folder in the hands of one process, which leaves no trace if it comes to nothing."""
+"""The sweep's folder in the hands of one process, which leaves no trace if it comes to nothing; and that process's signals."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from longcat_lab.ablation import store
@@ -39,3 +41,17 @@ def held(folder: Path, name: str) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+@contextlib.contextmanager
+def counted(count: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM only call `count`, so that they never fall into the middle of writing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: count()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

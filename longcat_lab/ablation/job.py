@@ -12,68 +12,22 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import begun, executed, plugin_copies, store, superseded
+from longcat_lab.ablation import begun, ends, executed, plugin_copies, store, superseded
+from longcat_lab.ablation.ends import End
+from longcat_lab.ablation.resources import Resources
+from longcat_lab.ablation.watch import DRIVER, Watch
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json
+from longcat_lab.node import validate_node
 
-DRIVER = "LONGCAT_LAB_DRIVER"  # environment variable: the pid of the driver, without which the job does not want to live
+__all__ = ["BUSY", "DRIVER", "main", "one_line"]
 BUSY = 75  # exit status: another process is still in this folder
 WAIT_FOR_FOLDER = 15.0  # seconds; the job of a killed driver needs about two to end
-
-
-class Watch(threading.Thread):
-    """Ends the kernel when this process is asked to stop or its driver is gone; a thread, because the main one waits for the kernel."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.driver = int(os.environ.get(DRIVER, 0))
-        self.reason: str | None = None
-        self.grace = 10.0  # seconds to finish a step and write a checkpoint
-        self.manager: Any = None
-        self.lock: store.Lock | None = None
-        self.process: Any = None
-        self.record: Any = lambda reason: None
-        self.ending = threading.Lock()  # held by the thread that writes how the job ended
-
-    def stop(self, number: int, frame: Any) -> None:
-        self.reason = self.reason or f"stopped by {signal.Signals(number).name}"
-
-    def run(self) -> None:
-        from longcat_lab.ablation.kernel import kernel_process, kill_group
-
-        while self.reason is None:
-            if self.driver and os.getppid() != self.driver:
-                self.reason, self.grace = "the driver is gone", 0.7
-            elif self.process is None and (process := kernel_process(self.manager)):
-                self._note(process)
-            time.sleep(0.1)
-        # First as a person would: an interrupt, so that the notebook can save what it has; then by force.
-        deadline, asked = time.monotonic() + self.grace, False
-        while time.monotonic() < deadline:
-            if not asked and (process := kernel_process(self.manager)):
-                self._note(process)
-                kill_group(process.pid, signal.SIGINT)
-                asked = True
-            time.sleep(0.05)
-        if process := self.process or kernel_process(self.manager):
-            kill_group(process.pid)
-        time.sleep(self.grace)  # the main thread normally ends the process before this is over
-        with self.ending:
-            self.record(self.reason)
-            os._exit(3)
-
-    def _note(self, process: Any) -> None:
-        import psutil
-
-        self.process = process
-        with contextlib.suppress(psutil.Error, OSError):  # already gone, or the disk is full: nothing to note
-            self.lock.note(kernel=process.pid, kernel_started=psutil.Process(process.pid).create_time())
 
 
 def one_line(text: str, length: int = 300) -> str:
@@ -89,8 +43,8 @@ def _begin(folder: Path) -> dict[str, Any]:
     """
     fresh = read_json(folder / "planned.json")
     if fresh is not None:
-        stay, old = (store.LOCK, "planned.json", "job.log"), read_json(folder / "run.json") or {}
-        if old.get("status") == "finished" and old.get("identity"):
+        stay, old = (store.LOCK, store.ENGINE, "planned.json", "job.log"), read_json(folder / "run.json") or {}
+        if old.get("status") in ends.SETTLED and old.get("identity"):
             superseded.set_aside(folder, old["identity"], stay)
         for entry in folder.iterdir():
             if entry.name in stay:
@@ -104,6 +58,7 @@ def _begin(folder: Path) -> dict[str, Any]:
     (folder / "progress.json").unlink(missing_ok=True)
     job = run["job"]
     job |= {"attempts": job.get("attempts", 0) + 1, "host": socket.gethostname()}
+    job.pop("end", None)
     job["started"] = datetime.now(UTC).isoformat(timespec="seconds")
     plugin_copies.here(folder.parents[2], run)
     if job["attempts"] == 1 and (folder.parents[2] / "ablation.yaml").is_file():  # later attempts keep what the first one was asked
@@ -113,72 +68,99 @@ def _begin(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _record(folder: Path, stopped: str | None, error: str | None, began: float) -> int:
-    """Write how it ended; a finished run stays finished. Returns the exit status."""
+def _resources(folder: Path) -> Resources:
+    """What the sweep's question asks for its jobs; nothing where there is none."""
+    if not (folder.parents[2] / "ablation.yaml").is_file():
+        return Resources()
+    return validate_node(Resources, store.read_question(folder.parents[2]).get("resources") or {}, "resources")
+
+
+def _record(folder: Path, stopped: End | None, error: End | None, began: float) -> int:
+    """Write how it ended; a result stays one. Returns the exit status."""
     run = read_json(folder / "run.json") or {}
     job = run.setdefault("job", {})
     job["seconds"] = round(job.get("seconds", 0.0) + time.monotonic() - began, 3)
     if error:
-        job["notebook_error"] = error  # also when a cell after the finished run failed
+        job["notebook_error"] = error.reason  # also when a cell after the finished run failed
     else:
         job.pop("notebook_error", None)
     job.pop("notebook_sha256", None)
     with contextlib.suppress(OSError):  # it left none
         job["notebook_sha256"] = executed.digest(folder / "notebook.ipynb")
-    said = run.get("reason") if run.get("status") in ("failed", "interrupted") else None
-    if run.get("status") == "finished":
-        pass
+    if run.get("status") in ends.SETTLED:
+        job["end"] = run["status"]
     elif stopped:
-        run |= {"status": "interrupted", "reason": stopped}
-    elif run.get("status") not in ("failed", "interrupted") or error:
-        run |= {"status": "failed", "reason": said or error or "the notebook ended without finishing its run"}
+        run |= {"status": stopped.status, "reason": stopped.reason}
+        job["end"] = stopped.kind
+    else:
+        said = run.get("reason") if run.get("status") in ("failed", "interrupted") else None
+        job["end"] = error.kind if error else ends.STOPPED if run.get("status") == "interrupted" else ends.ERROR
+        if run.get("status") not in ("failed", "interrupted") or error:
+            run |= {"status": "failed", "reason": said or (error and error.reason) or "the notebook ended without finishing its run"}
     write_json(folder / "run.json", run)
-    return {"finished": 0, "interrupted": 3}.get(run["status"], 1)
+    return {"finished": 0, "diverged": 0, "interrupted": 3}.get(run["status"], 1)
 
 
-def _death(watch: Watch) -> str:
+def _death(watch: Watch, kills: ends.OutOfMemoryKills) -> End:
     code = watch.process.poll() if watch.process is not None else None
     if code is None:
-        return "the kernel died"
+        return End(ends.KERNEL, "the kernel died")
     if code < 0:
-        hint = ", often for lack of memory" if code == -signal.SIGKILL else ""
-        return f"the kernel was killed by {signal.Signals(-code).name}{hint}"
-    return f"the kernel died with exit status {code}"
+        name = signal.Signals(-code).name
+        if code == -signal.SIGKILL and kills.risen():
+            return End(ends.MEMORY, f"out of memory: the system killed the kernel ({name})")
+        return End(ends.KERNEL, f"the kernel was killed by {name}")
+    return End(ends.KERNEL, f"the kernel died with exit status {code}")
 
 
 def main(folder: Path) -> int:
-    """Run the job in `folder` to its end. Returns 0 finished, 1 failed, 3 interrupted, 75 the folder is in use."""
+    """Run the job in `folder` to its end. Returns 0 finished or diverged, 1 failed, 3 interrupted, 74 no room for the record, 75 in use."""
     watch = Watch()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, watch.stop)
     watch.start()
     lock = store.Lock.take(folder, wait=WAIT_FOR_FOLDER)
     if lock is None:
-        print(f"{folder} is in use by another process: {store.holder(folder)}", flush=True)
+        _say(f"{folder} is in use by another process: {store.holder(folder)}")
         return BUSY
     watch.lock = lock
-    from longcat_lab.ablation.kernel import end_left_kernel, execute
+    try:
+        return _execute(folder, watch, lock)
+    except (LabError, OSError) as problem:  # from reading or writing what the job's folder says; errors of cells do not come here
+        _say(str(problem))
+        return ends.NO_ROOM if ends.of_exception(problem) == ends.DISK else 1
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # job.log may lie on a full disk
+        print(line, flush=True)
+
+
+def _execute(folder: Path, watch: Watch, lock: store.Lock) -> int:
+    from longcat_lab.ablation.kernel import adopt_orphans, end_below, end_left_kernel, execute
     from longcat_lab.training.trackers import settle
 
+    adopt_orphans()
     end_left_kernel(lock.before)
-    began, error = time.monotonic(), None
-    run = _begin(folder)
-    watch.record = lambda reason: _record(folder, reason, None, began)
+    began, error, kills = time.monotonic(), None, ends.OutOfMemoryKills()
+    run, asked = _begin(folder), _resources(folder)
+    watch.record = lambda end: _record(folder, end, None, began)
+    watch.hold_to(asked)
+    parameters = {"job_folder": str(folder), **({"processes": asked.together} if asked.together > 1 else {})}
     try:
-        if watch.reason is None:
+        if watch.end is None:
             notebook = Path(run["job"]["notebook"])
             try:
-                execute(
-                    notebook, folder / "notebook.ipynb", {"job_folder": str(folder)}, lambda manager: setattr(watch, "manager", manager)
-                )
+                execute(notebook, folder / "notebook.ipynb", parameters, lambda manager: setattr(watch, "manager", manager))
             finally:
                 executed.hold(folder / "notebook.ipynb")
     except Exception as problem:  # anything at all must end as one line in run.json
-        error = _said(problem, watch)
-        print(error, flush=True)
+        error = _said(problem, watch, kills)
+        _say(error.reason)
     watch.ending.acquire()  # for good: the process ends now
-    status = _record(folder, watch.reason, error, began)
-    if watch.reason is None:
+    end_below()
+    status = _record(folder, watch.end, error, began)
+    if watch.end is None:
         settle(folder)
         _unlink(folder / "wandb")
     return status
@@ -194,18 +176,18 @@ def _unlink(tracked: Path) -> None:
                 path.unlink()
 
 
-def _said(problem: Exception, watch: Watch) -> str:
+def _said(problem: Exception, watch: Watch, kills: ends.OutOfMemoryKills) -> End:
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError
 
     if isinstance(problem, PapermillExecutionError):
-        return one_line(f"{problem.ename}: {problem.evalue}")
+        return End(ends.of_cell(str(problem.ename), str(problem.evalue)), one_line(f"{problem.ename}: {problem.evalue}"))
     if isinstance(problem, DeadKernelError):
-        return _death(watch)
-    return one_line(f"{type(problem).__name__}: {problem}")
+        return _death(watch, kills)
+    return End(ends.of_exception(problem), one_line(f"{type(problem).__name__}: {problem}"))
 
 
 if __name__ == "__main__":
     status = main(Path(sys.argv[1]).resolve())
-    sys.stdout.flush()
+    _say("")
     os._exit(status)  # threads of the messaging library must not keep a finished job alive

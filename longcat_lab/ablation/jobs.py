@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from longcat_lab.ablation.match import Solution
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.spec import Ablation
 from longcat_lab.errors import LabError
+from longcat_lab.files import read_json
 from longcat_lab.node import nearest
 
 
@@ -77,7 +79,8 @@ def cells(ablation: Ablation, solution: Solution, rooms: Rooms | None = None) ->
                 rooms.check_portable(config)
             except LabError as error:
                 raise LabError(f"{kind} '{name}': {error}") from None
-    return {(name, seed): rooms.apply(config, {"seed": seed}) for seed in ablation.seeds for name, config in solution.configs.items()}
+    pairs = [(name, seed, config) for seed in ablation.seeds for name, config in solution.configs.items()]
+    return {(name, seed): rooms.apply(config, ablation.drawn(name, seed)) for name, seed, config in pairs}
 
 
 def plan(ablation: Ablation, solution: Solution, folder: Path, notebook: Path, rooms: Rooms | None = None) -> list[Job]:
@@ -125,4 +128,24 @@ def find_notebook(ablation: Ablation, question: str | Path | None = None) -> Pat
     for place in places:
         if place.is_file():
             return place
-    raise LabError(f"The notebook of '{ablation.name}' is not there: looked for {', '.join(map(str, dict.fromkeys(places)))}.")
+    where = ablation.at("notebook") if ablation.notebook is not None else ""
+    raise LabError(f"{where}The notebook of '{ablation.name}' is not there: looked for {', '.join(map(str, dict.fromkeys(places)))}.")
+
+
+def check_processes(ablation: Ablation, solution: Solution, notebook: Path, rooms: Rooms) -> None:
+    """Raises LabError where jobs of many processes were asked for and a configuration or the notebook cannot have them."""
+    together = ablation.resources.together
+    if together == 1:
+        return
+    for name, config in solution.configs.items():
+        try:
+            rooms.check_layout(config, together)
+        except LabError as error:
+            raise LabError(f"Variant '{name}', with {together} processes: {error}") from None
+    cells = (read_json(notebook) or {}).get("cells") or []
+    given = ["".join(cell.get("source") or "") for cell in cells if "parameters" in (cell.get("metadata") or {}).get("tags", [])]
+    if not any(re.search(r"^processes\b[^=\n]*=", text, re.MULTILINE) for text in given):
+        raise LabError(
+            f"resources asks for {together} processes, and {notebook} has no parameter for them: add `processes = None` to its cell of "
+            "parameters, and `nproc=processes` to its lab.fit."
+        )

@@ -5,9 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+spare: Any = None  # a fork of this process that waits to become its kernel, where there is one; see `forked.Spare`
+CONNECTION = ".kernel.json"  # beside the executed notebook, while its kernel lives
+TRACKER = "wandb_process.py"  # of a run; it finishes what it has to send in its own time
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], started: Callable[[Any], None] = lambda manager: None) -> None:
@@ -24,6 +30,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], started: C
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.provisioning import LocalProvisioner
 
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else every kernel of Python 3.11 warns about frozen modules
 
@@ -31,7 +38,20 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], started: C
         # A kernel spec named python3 in somebody's home folder may point to any other environment.
         kernel_spec = property(lambda self: KernelSpec(**get_kernel_dict()))
 
-    manager = SameInterpreter(kernel_name="python3", transport_encryption="auto")
+    class Forked(LocalProvisioner):
+        async def launch_kernel(self, cmd: list[str], **settings: Any) -> Any:
+            self.process = spare.start(cmd, settings.get("cwd") or os.getcwd(), settings.get("env") or dict(os.environ))
+            self.pid = self.pgid = self.process.pid
+            return self.connection_info
+
+    connection = output.with_name(CONNECTION)
+    connection.unlink(missing_ok=True)  # of an attempt that was killed
+    settings = {"connection_file": str(connection), "transport_encryption": "auto"}
+    if sys.platform == "linux":  # sockets without files and without ports: kernels that start at once never ask for the same one
+        settings |= {"transport": "ipc", "ip": f"@longcat_lab-{uuid.uuid4()}"}
+    manager = SameInterpreter(kernel_name="python3", **settings)
+    if spare is not None:
+        manager.provisioner = Forked(kernel_id=manager.kernel_id, kernel_spec=manager.kernel_spec, parent=manager)
     started(manager)
     try:
         papermill.execute_notebook(
@@ -49,6 +69,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], started: C
         )
     finally:
         _end(manager)
+        connection.unlink(missing_ok=True)
 
 
 def _literal(path: Path) -> str:
@@ -92,3 +113,35 @@ def end_left_kernel(note: dict[str, Any]) -> None:
     with contextlib.suppress(psutil.Error):
         if abs(psutil.Process(note["kernel"]).create_time() - note["kernel_started"]) < 1:
             kill_group(note["kernel"])
+
+
+def adopt_orphans() -> None:
+    """What a dead kernel has started becomes this process's own, so that it is weighed and ended with it (Linux)."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def below() -> list[Any]:
+    """Every process that this one has started, directly or through others, as psutil knows them; without trackers, which outlive a run."""
+    import psutil
+
+    found, spared = [], set()
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().children(recursive=True):  # parents come before their children
+            with contextlib.suppress(psutil.Error):
+                if process.ppid() in spared or any(part.endswith(TRACKER) for part in process.cmdline()):
+                    spared.add(process.pid)
+                else:
+                    found.append(process)
+    return found
+
+
+def end_below() -> None:
+    """Kill all of them."""
+    import psutil
+
+    for process in below():
+        with contextlib.suppress(psutil.Error):
+            process.kill()

@@ -1,4 +1,4 @@
-"""Variants made equal in parameters or FLOPs, before anything runs: rules are met one after the other until all hold (Gauss-Seidel),
+"""Variants made equal in parameters, FLOPs or time, before anything runs: rules are met one after the other until all hold (Gauss-Seidel),
 each by moving one whole-number setting of one variant (bisection on a total that rises or falls with it)."""
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from longcat_lab.ablation import evaluated
+from longcat_lab.ablation.quantities import Clock, quantities, setting
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.spec import Ablation, Match
 from longcat_lab.errors import LabError
+from longcat_lab.node import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +32,7 @@ class Solution:
         totals: variant, or arm that is evaluated from one -> {quantity: total}.
         evaluated: arm that is evaluated from a variant -> the configuration that it is evaluated with.
         plugins: path of a file of one's own blocks -> what was imported from it; the same for every variant.
+        quantities: variant -> what `match` can hold equal (see `quantities.quantities`), wall_clock where it was measured.
     """
 
     configs: dict[str, Any]
@@ -37,6 +40,7 @@ class Solution:
     totals: dict[str, dict[str, float]]
     evaluated: dict[str, Any] = field(default_factory=dict)
     plugins: dict[str, bytes] = field(default_factory=dict)
+    quantities: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -58,40 +62,57 @@ def solve(ablation: Ablation, rooms: Rooms | None = None) -> Solution:
         LabError: an override does not fit a variant, or a rule cannot be met (the sentence gives the nearest total reached).
     """
     rooms = rooms or Rooms()
-    if ablation.plugins:
-        rooms.use_plugins(ablation.plugins)
-    base = rooms.load(ablation.base)
+    key = "plugins"
+    try:
+        if ablation.plugins:
+            rooms.use_plugins(ablation.plugins)
+        key = "base"
+        base = rooms.load(ablation.base)
+    except LabError as error:
+        raise LabError(f"{ablation.at(key)}{error}") from None
     files = list(dict.fromkeys([*getattr(base, "plugins", []), *ablation.plugins]))
     own = {"plugins": files} if files else {}
     moved: dict[str, dict[str, int]] = {name: {} for name in ablation.variants}
+    clocks = {name: Clock.of(told) for name, told in ablation.measured.items()}
 
     def configure(name: str, more: dict[str, int]) -> Any:
         # One application of everything: settings that only fit together must not be checked one by one.
         return rooms.apply(base, {**own, **ablation.set, **ablation.variants[name], **moved[name], **more})
+
+    def known(name: str, config: Any) -> dict[str, float | None]:
+        return quantities(config, rooms.totals(config), clocks.get(name))
 
     configs = {}
     for name in ablation.variants:
         try:
             configs[name] = configure(name, {})
         except LabError as error:
-            raise LabError(f"Variant '{name}': {error}") from None
+            raise LabError(f"{ablation.at(*_written(ablation, name, error))}Variant '{name}': {error}") from None
+
+    for number, rule in enumerate(ablation.match, 1):
+        for name in [rule.reference, *ablation.held_by(rule)]:
+            if known(name, configs[name]).get(rule.quantity) is None:
+                clock = rule.quantity == "wall_clock"
+                lacks = "no steps of it have been measured: longcat-lab run measures them" if clock else "it has none"
+                raise LabError(f"{_at(ablation, number)}Match {number} holds {rule.quantity} of '{name}', but {lacks}.")
 
     seen: set[str] = set()
     for _ in range(SWEEPS if ablation.match else 0):
         for number, rule in enumerate(ablation.match, 1):
-            target = rooms.totals(configs[rule.reference])[rule.quantity]
+            target = known(rule.reference, configs[rule.reference])[rule.quantity]
             for name, key in rule.free.items():
-                start = _whole_number(configs[name], key, name, number)
+                start = _whole_number(configs[name], key, name, number, ablation)
 
                 def total(value: int, name: str = name, key: str = key, quantity: str = rule.quantity) -> float | None:
                     try:
-                        return rooms.totals(configure(name, {key: value}))[quantity]
+                        return known(name, configure(name, {key: value}))[quantity]
                     except LabError:
                         return None  # this value does not fit the other settings
 
                 value = nearest_value(total, start, target)
                 if value is None:
-                    raise LabError(f"Match {number}: {key} does not change {rule.quantity} of '{name}'; free another setting.")
+                    where = _at(ablation, number, "free", name)
+                    raise LabError(f"{where}Match {number}: {key} does not change {rule.quantity} of '{name}'; free another setting.")
                 moved[name][key] = value
                 configs[name] = configure(name, {})
         state = repr(moved)
@@ -100,35 +121,62 @@ def solve(ablation: Ablation, rooms: Rooms | None = None) -> Solution:
         seen.add(state)
 
     totals = {name: dict(rooms.totals(config)) for name, config in configs.items()}
+    found = {name: known(name, config) for name, config in configs.items()}
     for number, rule in enumerate(ablation.match, 1):
-        _hold(number, rule, ablation, totals, moved)
-    others = evaluated.configurations(ablation, configs, rooms)
+        _hold(number, rule, ablation, found, moved)
+    try:
+        others = evaluated.configurations(ablation, configs, rooms)
+    except LabError as error:
+        raise LabError(f"{ablation.at('evaluate')}{error}") from None
     totals |= {name: dict(rooms.totals(config)) for name, config in others.items()}
-    return Solution(evaluated.asked(ablation, configs, rooms), moved, totals, others, rooms.contents(files))
+    return Solution(evaluated.asked(ablation, configs, rooms), moved, totals, others, rooms.contents(files), found)
 
 
-def _hold(number: int, rule: Match, ablation: Ablation, totals: dict[str, dict[str, float]], moved: dict[str, dict[str, int]]) -> None:
-    target = totals[rule.reference][rule.quantity]
-    for name in rule.variants if rule.variants is not None else [v for v in ablation.variants if v != rule.reference]:
-        reached = totals[name][rule.quantity]
+def _at(ablation: Ablation, number: int, *more: str) -> str:
+    return ablation.at("match", number - 1, *more)
+
+
+def _written(ablation: Ablation, name: str, error: LabError) -> tuple[str, ...]:
+    """The keys of the question that brought what an error of a variant's configuration is about."""
+    wrong = tuple(map(str, error.at)) if isinstance(error, ConfigError) else ()
+    for keys, overrides in ((("variants", name), ablation.variants[name]), (("set",), ablation.set)):
+        for key in overrides:
+            path = tuple(key.split("."))
+            if f"'{key}'" in str(error) or (wrong and (path[: len(wrong)] == wrong or wrong[: len(path)] == path)):
+                return (*keys, key)
+    return ("variants", name)
+
+
+def _hold(
+    number: int, rule: Match, ablation: Ablation, known: dict[str, dict[str, float | None]], moved: dict[str, dict[str, int]]
+) -> None:
+    target = known[rule.reference][rule.quantity]
+    for name in ablation.held_by(rule):
+        reached = known[name][rule.quantity]
         off = abs(reached - target) / target if target else abs(reached)
         if off > rule.tolerance:
             if name in rule.free:
-                at, fix = f"the nearest is {reached:,.0f} at {_said(moved[name])}", "free another setting"
+                at, fix = f"the nearest is {_amount(reached, rule)} at {_said(moved[name])}", "free another setting"
             else:
-                at, fix = f"it has {reached:,.0f} and nothing of it is free", "free a setting"
+                at, fix = f"it has {_amount(reached, rule)} and nothing of it is free", "free a setting"
             raise LabError(
-                f"Match {number} cannot be met: {rule.quantity} of '{name}' should be within {100 * rule.tolerance:g} % of {target:,.0f} "
-                f"('{rule.reference}'), but {at} ({100 * off:.3g} % off); {fix} or widen 'tolerance'."
+                f"{_at(ablation, number, 'free', name)}Match {number} cannot be met: {rule.quantity} of '{name}' should be within "
+                f"{100 * rule.tolerance:g} % of {_amount(target, rule)} ('{rule.reference}'), but {at} ({100 * off:.3g} % off); {fix} "
+                f"or widen 'tolerance'."
             )
 
 
-def _whole_number(config: Any, key: str, name: str, number: int) -> int:
-    value: Any = config.to_dict()
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+def _amount(value: float, rule: Match) -> str:
+    return f"{value:.4g} s" if rule.quantity == "wall_clock" else f"{value:,.0f}"
+
+
+def _whole_number(config: Any, key: str, name: str, number: int, ablation: Ablation) -> int:
+    value = setting(config, key)
     if type(value) is not int:
-        raise LabError(f"Match {number} frees {key} of '{name}', which is {value!r} there; it must be a setting that holds a whole number.")
+        raise LabError(
+            f"{_at(ablation, number, 'free', name)}Match {number} frees {key} of '{name}', which is {value!r} there; it must be a setting "
+            "that holds a whole number."
+        )
     return value
 
 

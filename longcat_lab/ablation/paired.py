@@ -1,4 +1,4 @@
-"""The arithmetic of paired comparisons: Student's t on differences, its power (noncentral t), and Holm's correction."""
+"""The arithmetic of paired comparisons: Student's t on differences, its power (noncentral t), sign flips, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from scipy import optimize, stats
 
 FEWEST = 3  # pairs, for a claim
 POWER = 0.8
+EXACT = 14  # pairs up to which all sign flips are tried; above, so many are drawn
+FLIPS = 2**EXACT
 NAN = math.nan
 
 
@@ -28,6 +30,27 @@ def paired_t(differences: np.ndarray, level: float = 0.95) -> tuple[float, float
     error = sd / math.sqrt(n)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
     return mean, sd, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1))
+
+
+def sign_flips(differences: Sequence[float]) -> float:
+    """Two-sided p of the mean under all flips of the differences' signs: exact up to EXACT pairs; needs symmetry, no normal distribution.
+
+    NaN without a pair. See `least_p`: few pairs cannot reach a small one, whatever they show.
+    """
+    values = np.asarray(differences, dtype=float)
+    if not len(values):
+        return NAN
+    if len(values) <= EXACT:
+        found = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=math.inf, vectorized=True)
+        return float(found.pvalue)
+    flips = np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, len(values)))
+    reached = np.abs((flips * values).mean(axis=1)) >= abs(values.mean()) * (1 - 1e-12)
+    return float((reached.sum() + 1) / (FLIPS + 1))
+
+
+def least_p(n: int) -> float:
+    """The smallest p that sign flips of `n` pairs can give: all pairs on one side, one of the 2^n flips for each side."""
+    return min(1.0, 2.0 ** (1 - n)) if n else NAN
 
 
 def power(effect: float, n: int, sd: float, alpha: float = 0.05) -> float:

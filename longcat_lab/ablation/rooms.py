@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+# What hides cards from a process: CUDA's and AMD's, and Ascend's. Which of them a machine listens to does not matter here.
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
 
 
 def _load(base: str) -> Any:
@@ -51,7 +55,8 @@ def _identity(config: Any) -> str:
 
 
 def _data_key(config: Any) -> str:
-    return json.dumps([config.data.to_dict(), config.model.vocab_size], sort_keys=True)
+    text = {**config.data.to_dict(), "seed": None}  # the order of its sequences makes no other corpus
+    return json.dumps([text, config.model.vocab_size], sort_keys=True)
 
 
 def _prepare(config: Any, progress: Callable[..., None]) -> None:
@@ -64,6 +69,27 @@ def _check_evaluations(config: Any) -> None:
     from longcat_lab.training.evaluation_arms import check
 
     check(config)
+
+
+def _cards() -> list[str]:
+    for variable in VISIBLE:
+        if variable in os.environ:
+            return [name.strip() for name in os.environ[variable].split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.accelerator.device_count())]
+
+
+def _check_layout(config: Any, processes: int) -> None:
+    from longcat_lab.parallel.layout import make_layout
+
+    make_layout(config, processes)
+
+
+def _measure(config: Any, threads: int) -> Any:
+    from longcat_lab.ablation.measured import measure
+
+    return measure(config, threads)
 
 
 @dataclass(frozen=True)
@@ -80,7 +106,10 @@ class Rooms:
         check_evaluations: raises `LabError` where `training.evaluations` needs weights that are not trained.
         use_plugins: imports files of blocks of one's own, so that configurations can name their kinds.
         contents: path -> what was imported from it.
+        measure: configuration, threads -> what a few real steps of it took (`measured.Measured`).
         check_portable: raises `LabError` where a job's own process could not make the configuration.
+        cards: what the environment calls the accelerator cards that this process may use.
+        check_layout: raises `LabError` where so many processes cannot train the configuration together.
     """
 
     load: Callable[[str], Any] = _load
@@ -93,3 +122,6 @@ class Rooms:
     use_plugins: Callable[[list[str]], None] = _use_plugins
     contents: Callable[[list[str]], dict[str, bytes]] = _contents
     check_portable: Callable[[Any], None] = _check_portable
+    cards: Callable[[], list[str]] = _cards
+    check_layout: Callable[[Any, int], None] = _check_layout
+    measure: Callable[[Any, int], Any] = _measure

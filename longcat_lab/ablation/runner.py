@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat_lab.ablation import evaluated, match, spec, store, superseded
-from longcat_lab.ablation import executor as executors
+from longcat_lab.ablation import ends, evaluated, executors, match, settle, spec, store, superseded
 from longcat_lab.ablation import jobs as job_plan
-from longcat_lab.ablation.hold import held
+from longcat_lab.ablation.hold import counted, held
 from longcat_lab.ablation.jobs import Job
 from longcat_lab.ablation.outcome import JobsFailed, LabInterrupted
 from longcat_lab.ablation.rooms import Rooms
@@ -27,7 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOOK = 0.1  # seconds between looks at the jobs
-PATIENCE = 20.0  # seconds that stopped jobs have to save what they can; more than a job gives its kernel
 
 
 def run(
@@ -39,19 +34,23 @@ def run(
     executor: str | executors.Executor = "local",
     rooms: Rooms | None = None,
     console: Console | None = None,
+    settled: Callable[[spec.Ablation, Path, Path], spec.Ablation] | None = None,
 ) -> Path:
     """Run every job of an ablation that is not finished yet, and return the sweep's folder.
 
     Args:
         ablation_path: the question file.
         out: the sweep's folder; runs/NAME when left out.
-        jobs: how many at a time; at most 4, at most one per core, when left out.
+        jobs: how many at a time; when left out, at most 4 and at most one per core here, all of them in a cluster's queue. Fewer run
+            where `resources` of the question allows no more.
         overrides: `key=value` for every variant, or `ablation.key=value` for the question.
+        executor: where jobs run: a name (`executors`), or an executor.
+        settled: question, folder, notebook -> the question with what must be known before it is solved; see `sweep`.
 
     Raises:
         LabError: the question cannot be run as it is (nothing was written), another process runs it, or the first job to finish has
             no such metric as the question names (it stays finished).
-        JobsFailed: all ran, some failed.
+        JobsFailed: all ran, some failed. One whose loss diverged has not failed: that is its result.
         LabInterrupted: stopped by Ctrl-C or SIGTERM; jobs are ended, results written.
     """
     overrides, rooms = list(overrides), rooms or Rooms()
@@ -59,14 +58,18 @@ def run(
         raise LabError(f"--jobs must be at least 1, got {jobs}.")
     ablation = spec.read(ablation_path, overrides)
     notebook = job_plan.find_notebook(ablation, ablation_path)
+    folder = Path(out) if out is not None else Path("runs") / ablation.name
+    if settled is not None:
+        store.check_folder(folder, ablation.name)
+        ablation = settled(ablation, folder, notebook)
     solution = match.solve(ablation, rooms)
     evaluated.check(ablation, solution, rooms)
-    executors.check(executor)
-    folder = Path(out) if out is not None else Path("runs") / ablation.name
+    job_plan.check_processes(ablation, solution, notebook, rooms)
+    engine = executors.make(executor, ablation.resources, jobs, folder, rooms)
     again = shlex.join(["longcat-lab", "run", str(ablation_path), *(["--out", str(out)] if out is not None else []), *overrides])
 
     with held(folder, ablation.name):
-        return _Driver(folder, ablation, solution, notebook, jobs, executor, rooms, console, again).drive()
+        return _Driver(folder, ablation, solution, notebook, jobs, engine, rooms, console, again).drive()
 
 
 class _Driver:
@@ -77,20 +80,22 @@ class _Driver:
         solution: match.Solution,
         notebook: Path,
         jobs: int | None,
-        executor: str | executors.Executor,
+        executor: executors.Executor,
         rooms: Rooms,
         console: Console | None,
         again: str,
     ) -> None:
         self.folder, self.ablation, self.solution, self.notebook = folder, ablation, solution, notebook
-        self.slots, self.executor_wanted, self.rooms, self.again = jobs or min(4, executors.cores()), executor, rooms, again
+        self.executor, self.rooms, self.again = executor, rooms, again
+        self.slots = getattr(executor, "slots", None) or jobs or 1
         self.configs = job_plan.cells(ablation, solution, rooms)
         self.cells = {cell: Cell(f"{cell[0]}/seed-{cell[1]}") for cell in self.configs}
         self.display = Display(list(self.cells.values()), self.slots, console)
         self.rows: dict[Job, dict[str, Any]] = {}
         self.todo: deque[Job] = deque()
         self.running: dict[Job, executors.Handle] = {}
-        self.attempts: dict[Job, int] = {}  # before this invocation
+        self.attempts: dict[Job, int] = {}  # before the one that runs
+        self.retried: dict[Job, int] = {}
         self.stops, self.written, self.measured = 0, False, False
         self.mistake: str | None = None  # in the question, seen only when a job has finished
 
@@ -99,23 +104,30 @@ class _Driver:
             with self.display:
                 self._prepare()
                 self._plan()
-                with self._signals():
+                with counted(self._count):
                     self._commit()
                     self._loop()
         except KeyboardInterrupt:
             self.stops += 1
+        finally:
+            if hasattr(self.executor, "close"):
+                self.executor.close()
         if self.written:
             self._write()
         if self.mistake:
             raise LabError(f"{self.mistake} Correct it and run the sweep again: what is finished is kept.")
         statuses = [row["status"] for row in self.rows.values()] or ["planned"] * len(self.cells)
-        count = {status: statuses.count(status) for status in ("finished", "failed", "interrupted", "planned")}
+        count = {status: statuses.count(status) for status in ("finished", "diverged", "failed", "interrupted", "planned")}
         of = f"{count['finished']} of {len(self.cells)} jobs finished"
         if self.stops:
-            rest = ", ".join(f"{count[s]} {s}" for s in ("failed", "interrupted", "planned") if count[s])
+            rest = ", ".join(f"{count[s]} {s}" for s in ("diverged", "failed", "interrupted", "planned") if count[s])
             raise LabInterrupted(f"Stopped with {of}{' (' + rest + ')' if rest else ''}; go on with: {self.again}", self.folder)
         self._conclude()
-        if failed := [(job.name, row["reason"] or row["status"]) for job, row in self.rows.items() if row["status"] != "finished"]:
+        rest = [(job.name, row["reason"] or row["status"], row["status"]) for job, row in self.rows.items()]
+        if diverged := [f"{name} ({reason})" for name, reason, status in rest if status == ends.DIVERGED]:
+            self.display.say(f"{len(diverged)} of {len(self.cells)} jobs diverged, which is a result: {'; '.join(diverged)}.")
+            of += f", {len(diverged)} diverged"
+        if failed := [(name, reason) for name, reason, status in rest if status not in ends.SETTLED]:
             why = "; ".join(f"{name}: {reason}" for name, reason in failed[:5])
             more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
             raise JobsFailed(
@@ -145,11 +157,12 @@ class _Driver:
         for job in job_plan.plan(self.ablation, self.solution, self.folder, self.notebook, self.rooms):
             run = store.read_run(job.folder)
             self.rows[job] = store.result_row(run, job.variant, job.seed, job.identity)
-            if self.rows[job]["status"] != "finished":
+            if self.rows[job]["status"] not in ends.SETTLED:
                 self.todo.append(job)
             self._show(job)
         self.slots = self.display.slots = max(1, min(self.slots, len(self.todo)))
-        self.executor = executors.make(self.executor_wanted, self.slots)
+        if hasattr(self.executor, "slots"):  # it shares out its cores among them
+            self.executor.slots = self.slots
 
     def _commit(self) -> None:
         """The question and its table, together, now that nothing of it can fail any more; then what is said of them."""
@@ -160,7 +173,7 @@ class _Driver:
             run = store.read_run(job.folder)
             if run is None:
                 write_json(job.folder / "run.json", job.record())
-            replaced += run is not None and run.get("status") == "finished"
+            replaced += run is not None and run.get("status") in ends.SETTLED
         total = len(self.rows)
         if skipped := total - len(self.todo):
             self.display.say(f"{skipped} of {total} jobs have finished before and are not run again.")
@@ -170,22 +183,8 @@ class _Driver:
 
     # ---- the jobs
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM only count, so that they never fall into the middle of writing."""
-
-        def count(number: int, frame: Any) -> None:
-            self.stops += 1
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _count(self) -> None:
+        self.stops += 1
 
     def _loop(self) -> None:
         try:
@@ -202,7 +201,7 @@ class _Driver:
         run = store.read_run(job.folder)
         self.attempts[job] = 0
         if run is not None and run.get("identity") != job.identity:
-            if run.get("status") == "finished":
+            if run.get("status") in ends.SETTLED:
                 superseded.keep_log(job.folder)
             write_json(job.folder / "planned.json", job.record())  # the job itself clears the folder, once it holds its lock
         else:
@@ -215,7 +214,12 @@ class _Driver:
         else:
             self.rows[job] |= {"status": "running", "reason": "", "seconds": None}
             self.cells[job.variant, job.seed].began = time.monotonic()
+            if (before := getattr(self.running[job], "attempts", None)) is not None:
+                self.attempts[job] = before
+                self.display.say(f"{job.name} was started before and is still there: it is followed, not started again.")
         self._show(job)
+        if job in self.running and executors.waits(self.running[job]):
+            self.cells[job.variant, job.seed].status = "queued"
 
     def _look(self) -> bool:
         """Take over progress and ends; whether a job has ended."""
@@ -224,7 +228,9 @@ class _Driver:
             code = handle.poll()
             if code is None:
                 if int(time.monotonic() / LOOK) % 5 == 0:
-                    self.cells[job.variant, job.seed].progress(read_json(job.folder / "progress.json"))
+                    cell = self.cells[job.variant, job.seed]
+                    cell.status = "queued" if executors.waits(handle) else "running"
+                    cell.progress(read_json(job.folder / "progress.json") if cell.status == "running" else None)
                 continue
             del self.running[job]
             self._settle(job, handle, code)
@@ -233,40 +239,31 @@ class _Driver:
         return ended
 
     def _settle(self, job: Job, handle: executors.Handle, code: int) -> None:
-        """Take over how a job ended; what it could not say itself is said here."""
-        run = read_json(job.folder / "run.json")
-        if code == executors.BUSY:
-            self.rows[job] |= {"status": "failed", "reason": f"another process ({store.said_holder(job.folder)}) still uses its folder"}
-        elif self._ended(job, run):
-            # If code was edited meanwhile, the run has another identity than was planned; the row says which.
-            self.rows[job] = store.result_row(run, job.variant, job.seed, run.get("identity", job.identity))
-            if run.get("status") == "finished" and not self.measured:
-                self.measured = True
-                self.mistake = job_plan.unmeasured(self.ablation, job, {**self.rows[job], **(run.get("final") or {})})
-        else:
-            handle.stop(force=True)
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-            said = {"status": "interrupted" if self.stops or self.mistake else "failed", "reason": f"its process {how}; see job.log"}
-            self.rows[job] |= said
-            if run is not None and run.get("identity") == job.identity:  # else the folder still holds what ran before, untouched
-                with contextlib.suppress(LabError):  # no room on the disk: the table has it
-                    write_json(job.folder / "run.json", {**run, **said})
+        """Take over how a job ended, and whether it is tried again."""
+        stopping, asked = bool(self.stops or self.mistake), self.ablation.resources
+        row, kind = settle.settled(job, handle, code, self.attempts[job], stopping)
+        self.rows[job] |= row
+        if row["status"] == "finished" and not self.measured:
+            self.measured = True
+            final = (read_json(job.folder / "run.json") or {}).get("final") or {}
+            self.mistake = job_plan.unmeasured(self.ablation, job, {**self.rows[job], **final})
+        tried = self.retried.get(job, 0)
+        if row["status"] not in ends.SETTLED and not stopping and kind in asked.retry and tried < asked.retries:
+            self.retried[job] = tried + 1
+            self.display.say(f"{job.name}: {row['reason']}; it is tried again ({tried + 1} of {asked.retries}).")
+            self.todo.append(job)
         self._show(job)
-
-    def _ended(self, job: Job, run: dict[str, Any] | None) -> bool:
-        """Whether run.json is by the process that has just ended, and says how; not by an earlier attempt or another configuration."""
-        done = run is not None and run.get("status") in store.DONE and store.attempts(run) > self.attempts[job]
-        return done and not (job.folder / "planned.json").exists()
 
     def _stop_all(self) -> None:
         """End what still runs: by request, then by force after some seconds or a second Ctrl-C."""
         if not self.running:
             return
         asked = self.stops
-        self.display.say(f"Stopping: {len(self.running)} running jobs have up to {PATIENCE:.0f} s to save; Ctrl-C again kills them now.")
+        patience = getattr(self.executor, "patience", executors.PATIENCE)
+        self.display.say(f"Stopping: {len(self.running)} running jobs have up to {patience:.0f} s to save; Ctrl-C again kills them now.")
         for handle in self.running.values():
             handle.stop()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while self.running and time.monotonic() < deadline and self.stops <= max(1, asked):
             self._look()
             time.sleep(LOOK)

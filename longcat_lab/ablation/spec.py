@@ -6,26 +6,37 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, PrivateAttr, StringConstraints
 
+from longcat_lab.ablation import agreed, words
+from longcat_lab.ablation.places import Places
+from longcat_lab.ablation.resources import Resources
 from longcat_lab.config.plugins import located
-from longcat_lab.config.yaml import parse_yaml, read_yaml
+from longcat_lab.config.yaml import mapping, parse_yaml, read_text
 from longcat_lab.errors import LabError
-from longcat_lab.node import Node, nearest, validate_node
+from longcat_lab.node import ConfigError, Node, nearest, validate_node
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=80)]
 Sentence = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-SEEDS = 2**31  # number generators take no larger seed everywhere
-Quantity = Literal["total_params", "active_params", "flops_per_token"]
+Quantity = Literal["total_params", "active_params", "flops_per_token", "flops", "wall_clock"]
 
 
 class Match(Node):
-    """One thing that is held equal between variants, solved before anything runs."""
+    """One thing that is held equal between variants, solved before anything runs.
 
-    quantity: Quantity = Field(description="what is held equal: a total that `longcat-lab budget` shows")
+    In a file `match: WORD` (active_params, total_params, flops or wall_clock) with `free: SETTING`, or a setting for each variant, is
+    short for one rule that holds all variants to the baseline within 1 %.
+    """
+
+    quantity: Quantity = Field(
+        description="what is held equal: a total that `longcat-lab budget` shows, flops of the whole training, or wall_clock, the seconds "
+        "of its steps as they were measured"
+    )
     reference: str = Field(description="the variant whose total is the target")
     tolerance: float = Field(default=0.01, gt=0, lt=1, description="largest relative distance from the target (0.01 is one per cent)")
-    variants: list[str] | None = Field(default=None, description="the variants held to it; all but the reference when left out")
+    variants: list[str] | None = Field(
+        default=None, description="the variants held to it; all but the reference and the controls when left out"
+    )
     free: dict[str, str] = Field(
         default_factory=dict, description="per variant the integer setting that may move; variants without one are only checked"
     )
@@ -52,6 +63,15 @@ class Vanishes(Node):
     metric: Name = Field(description="the metric that measures it there")
 
 
+class Tune(Node):
+    """A sweep of one setting for each arm, run before the question itself, on seeds that the question does not use."""
+
+    setting: str = Field(description="dotted setting, such as training.optimizer.learning_rate")
+    values: list[int | float] = Field(min_length=2, description="what is tried for each arm; three or more that bracket the best")
+    seeds: list[int] = Field(min_length=1, description="of the tuning alone: none of them may be in the question's seeds")
+    steps: int | None = Field(default=None, ge=1, description="training.steps while tuning; the arm's own when left out")
+
+
 class Ablation(Node):
     """One question, its arms, and what will count as an answer."""
 
@@ -70,25 +90,67 @@ class Ablation(Node):
         default_factory=dict, description="arms that are not trained: a trained variant evaluated with other settings; claims may name them"
     )
     seeds: list[int] = Field(min_length=1, description="paired seeds, below 2**31; a claim needs at least 3")
-    match: list[Match] = Field(default_factory=list, description="what is held equal between variants")
+    data_seeds: list[int] = Field(
+        default_factory=list,
+        description="order of the training data for each of the seeds, or one number for all; the seed itself when left out",
+    )
+    match: list[Match] = Field(default_factory=list, description="what is held equal between variants; one word, or rules")
     metric: Name = Field(default="validation_bpb", description="primary metric; lower is better")
     smallest_effect: float = Field(gt=0, description="the smallest difference in the primary metric that would matter")
     claims: list[Claim] = Field(default_factory=list, description="the contrasts that are judged, in order")
     also: list[Name] = Field(default_factory=list, description="secondary metrics, reported without a verdict")
     vanishes: Vanishes | None = Field(default=None, description="where the effect should vanish")
+    control: list[Literal["shuffled_tokens", "feature_off", "a_a"]] = Field(
+        default_factory=list,
+        description="shuffled_tokens: the effect vanishes on shuffled text; feature_off: an arm VARIANT_off for each variant, which equals "
+        "the baseline; a_a: the baseline once more with other initial values, which measures the noise; one word or several",
+    )
+    switch_off: dict[Name, dict[str, Any] | None] = Field(
+        default_factory=dict, description="for feature_off: variant -> the settings that switch its feature off; null: not this variant"
+    )
+    tune: Tune | None = Field(default=None, description="a setting that is swept for each arm beforehand, on other seeds")
     tuned: str = Field(default="", description="what was tuned on which arm, and on which other seeds")
+    compare_with: str | None = Field(default=None, description="folder of a sweep of another size, to compare the order of the arms with")
     notebook: str | None = Field(default=None, description="the notebook that runs one job; notebooks/run.ipynb when left out")
+    resources: Resources = Field(
+        default_factory=Resources, description="what each job may take: cards, cores, memory, time; which ends are tried again"
+    )
     solved: dict[str, Any] = Field(default_factory=dict, description="written by the runner: moved settings and totals per arm")
+    measured: dict[str, Any] = Field(default_factory=dict, description="written by the runner: seconds a step, for wall_clock")
+    tuning: dict[str, Any] = Field(default_factory=dict, description="written by the runner: what the tuning found")
+    noise: dict[str, Any] = Field(default_factory=dict, description="written by the runner: the noise floor known when the sweep began")
     copied: dict[str, dict[str, str]] = Field(
         default_factory=dict, description="written by the runner: copy of each plugin -> the file that it is of, and its hash"
     )
     changes: list[str] = Field(default_factory=list, description="written by the runner: what was edited after a job had begun")
     before: dict[str, Any] = Field(default_factory=dict, description="written by the runner: the same as it was before any of that")
+    _places: Places = PrivateAttr(default_factory=Places)
 
     @property
     def arms(self) -> list[str]:
         """Every arm that has results: the variants, then what is evaluated from them."""
         return [*self.variants, *self.evaluate]
+
+    @property
+    def controls(self) -> dict[str, str]:
+        """Variant that is a control -> which one."""
+        return words.controls(self.control, self.variants)
+
+    def held_by(self, rule: Match) -> list[str]:
+        """The variants that a rule holds."""
+        controls = self.controls
+        return rule.variants if rule.variants is not None else [v for v in self.variants if v != rule.reference and v not in controls]
+
+    def drawn(self, variant: str, seed: int) -> dict[str, int]:
+        """The settings of a job that come from its seed: of the initial values, and where it is another one of the data's order."""
+        order = dict(zip(self.seeds, self.data_seeds, strict=False)).get(seed, seed)
+        if self.controls.get(variant) == "a_a":
+            return {"seed": words.other_seed(seed, self.seeds), "data.seed": order}
+        return {"seed": seed} | ({"data.seed": order} if order != seed else {})
+
+    def at(self, *keys: Any) -> str:
+        """`demo.yaml, line 12: `, where the question says what `keys` lead to; empty where it is from no file."""
+        return self._places.of(keys) if self._places.text is not None else ""
 
 
 def read(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Ablation:
@@ -97,104 +159,60 @@ def read(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> 
     An override `ablation.KEY=value` changes the question itself; any other goes on top of `set`, for every variant.
 
     Raises:
-        LabError: one sentence saying what is wrong in the file and what to write instead.
+        LabError: one sentence saying what is wrong, in which line of the file, and what to write instead.
     """
-    where = "ablation" if isinstance(source, dict) else str(source)
-    data = dict(source) if isinstance(source, dict) else read_yaml(source)
+    if isinstance(source, dict):
+        places, data = Places(), dict(source)
+    else:
+        places = Places(str(source), read_text(source))
+        data = mapping(places.text, source)
     for override in overrides:
-        key, sign, text = override.partition("=")
-        if not sign or not key.strip():
-            raise LabError(f"Override '{override}': write it as key=value.")
-        key, value = key.strip(), parse_yaml(text, f"Override '{override}'")
-        if key == "plugins":  # the question's and the configurations' are one list
-            data[key] = value
-        elif not key.startswith("ablation."):
-            if data.get("set") is None or isinstance(data["set"], dict):  # else the schema says what is wrong with it
-                data["set"] = {**(data.get("set") or {}), key: value}
-        elif (own := key.removeprefix("ablation.")) in Ablation.model_fields:
-            data[own] = value
-        else:
-            raise LabError(f"Unknown key '{key}'{nearest(own, list(Ablation.model_fields))}")
-    for block in ("variants", "set"):
-        if isinstance(data.get(block), dict):
-            # YAML reads a bare `plain:` as null and the words no, on and 1 as something else than text.
-            data[block] = {k: {} if v is None and block == "variants" else v for k, v in data[block].items()}
-            for key in data[block]:
-                if not isinstance(key, str):
-                    raise LabError(f"{where}: the key {key!r} in '{block}' is not text to YAML; put it in quotes.")
-    if not isinstance(source, dict) and isinstance(data.get("base"), str):
-        data["base"] = _place(data["base"], Path(source))
+        _override(data, override, places)
     try:
+        data = words.spelled_out(data)
+        if not isinstance(source, dict):
+            for key in ("base", "compare_with"):
+                if isinstance(data.get(key), str):
+                    data[key] = _place(data[key], Path(source), key)
         if data.get("plugins"):
-            data["plugins"] = located(data["plugins"], None if isinstance(source, dict) else Path(source).resolve().parent)
+            try:
+                data["plugins"] = located(data["plugins"], None if isinstance(source, dict) else Path(source).resolve().parent)
+            except ConfigError as error:
+                raise ConfigError(str(error), ("plugins",)) from None
         ablation = validate_node(Ablation, data)
-    except LabError as error:
-        raise LabError(f"{where}: {error}") from None
-    _check(ablation, where)
+        agreed.check(ablation)
+    except ConfigError as error:
+        raise LabError(f"{places.of(error.at)}{error}") from None
+    ablation._places = places
     return ablation
 
 
-def _place(base: str, question: Path) -> str:
-    """A configuration file beside the question, or else in the working folder, by its full path; anything else as it is."""
-    if Path(base).suffix in (".yaml", ".yml"):
+def _override(data: dict[str, Any], override: str, places: Places) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise LabError(f"Override '{override}': write it as key=value.")
+    key, value = key.strip(), parse_yaml(text, f"Override '{override}'")
+    if key == "plugins":  # the question's and the configurations' are one list
+        data[key] = value
+        places.overridden[key,] = override
+    elif not key.startswith("ablation."):
+        if data.get("set") is None or isinstance(data["set"], dict):  # else the schema says what is wrong with it
+            data["set"] = {**(data.get("set") or {}), key: value}
+            places.overridden["set", key] = override
+    elif (own := key.removeprefix("ablation.")) in Ablation.model_fields or own in words.SHORT:
+        data[own] = value
+        places.overridden[own,] = override
+    elif own.startswith("resources."):
+        data["resources"] = {**(data.get("resources") or {}), own.removeprefix("resources."): value}
+        places.overridden["resources", own.removeprefix("resources.")] = override
+    else:
+        raise LabError(f"Unknown key '{key}'{nearest(own, [*Ablation.model_fields, *words.SHORT])}")
+
+
+def _place(name: str, question: Path, key: str) -> str:
+    """A file or folder beside the question, or else in the working folder, by its full path; anything else as it is."""
+    if key == "compare_with" or Path(name).suffix in (".yaml", ".yml"):
         for folder in (question.resolve().parent, Path.cwd()):
-            if (folder / base).is_file():
-                return str((folder / base).resolve())
-    return base
-
-
-def _check(a: Ablation, where: str) -> None:
-    """What the schema alone cannot see: names that must be variants, seeds, rules that fight."""
-
-    def variant(name: str, place: str) -> None:
-        if name in a.evaluate:
-            raise LabError(f"{where}: {place} names '{name}', which is evaluated and not trained; name a variant.")
-        if name not in a.variants:
-            raise LabError(f"{where}: {place} names '{name}', which is not a variant{nearest(name, list(a.variants))}")
-
-    def arm(name: str, place: str) -> None:
-        if name not in a.evaluate and name not in a.variants:
-            what = "not a variant" if not a.evaluate else "no variant and not in 'evaluate'"
-            raise LabError(f"{where}: {place} names '{name}', which is {what}{nearest(name, a.arms)}")
-
-    variant(a.baseline, "'baseline'")
-    for name, evaluation in a.evaluate.items():
-        if name in a.variants:
-            raise LabError(f"{where}: '{name}' is in 'variants' and in 'evaluate'; give one of them another name.")
-        variant(evaluation.of, f"evaluate.{name} ('of')")
-        for key in evaluation.set:
-            if not key.startswith("model."):
-                raise LabError(
-                    f"{where}: evaluate.{name} sets '{key}', but only settings of the model (model....) can change after training."
-                )
-    for i, claim in enumerate(a.claims, 1):
-        arm(claim.better, f"claim {i} ('better')")
-        arm(claim.than, f"claim {i} ('than')")
-        if claim.better == claim.than:
-            raise LabError(f"{where}: claim {i} compares '{claim.better}' with itself.")
-    if len({(c.better, c.than) for c in a.claims}) != len(a.claims):
-        raise LabError(f"{where}: a claim is there twice; each one counts as a comparison.")
-    if len(set(a.seeds)) != len(a.seeds):
-        raise LabError(f"{where}: 'seeds' has one seed twice ({a.seeds}); a repeated seed is the same run, not a new one.")
-    if min(a.seeds) < 0:
-        raise LabError(f"{where}: 'seeds' must not be negative, got {min(a.seeds)}.")
-    if max(a.seeds) >= SEEDS:
-        raise LabError(f"{where}: 'seeds' must be below 2**31 = {SEEDS}, got {max(a.seeds)}.")
-    for place, overrides in [("set", a.set), *((f"variants.{name}", values) for name, values in a.variants.items())]:
-        if "plugins" in overrides:
-            raise LabError(f"{where}: '{place}' sets 'plugins', but they are the same for every variant: name them under 'plugins' itself.")
-        if "seed" in overrides:
-            raise LabError(f"{where}: '{place}' sets 'seed', but seeds come from 'seeds' so that they are paired.")
-    moved: dict[tuple[str, str], int] = {}
-    for i, rule in enumerate(a.match, 1):
-        variant(rule.reference, f"match {i} ('reference')")
-        for name in [*(rule.variants or []), *rule.free]:
-            variant(name, f"match {i}")
-            if name == rule.reference:
-                raise LabError(f"{where}: match {i} holds '{name}' to itself; its reference cannot be one of its variants.")
-            if rule.variants is not None and name not in rule.variants:
-                raise LabError(f"{where}: match {i} frees a setting of '{name}', which is not among its 'variants'.")
-        for pair in rule.free.items():
-            if pair in moved:
-                raise LabError(f"{where}: match {moved[pair]} and match {i} both move {pair[1]} of '{pair[0]}'; free another one.")
-            moved[pair] = i
+            if (folder / name).is_dir() if key == "compare_with" else (folder / name).is_file():
+                return str((folder / name).resolve())
+    return name

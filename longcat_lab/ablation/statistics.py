@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longcat_lab.ablation.paired import FEWEST, NAN, holm, paired_t, resolvable, seeds_needed
+from longcat_lab.ablation.paired import FEWEST, NAN, holm, least_p, paired_t, resolvable, seeds_needed, sign_flips
 from longcat_lab.ablation.spec import Ablation
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Contrast:
         p: two-sided; NaN where no test is possible.
         resolvable: smallest true effect that this n and sd would find with 80 % power, as one of `comparisons`.
         dropped: one phrase per seed without a complete pair.
+        flipped: two-sided p of the sign flips, this comparison's own.
     """
 
     better: str
@@ -47,6 +48,7 @@ class Contrast:
     level: float
     dropped: tuple[str, ...]
     comparisons: int = 1
+    flipped: float = NAN
 
     @property
     def alpha(self) -> float:
@@ -66,6 +68,16 @@ class Contrast:
     def interval(self) -> str:
         """`-0.0274 to -0.0150 (95 % interval, n = 3)`."""
         return f"{signed(self.low)} to {signed(self.high)} ({100 * self.level:g} % interval, n = {self.n})"
+
+    @property
+    def without_normality(self) -> str:
+        """What the check without a distribution says, in a sentence; empty below two pairs."""
+        if self.n < 2:
+            return ""
+        least = least_p(self.n)
+        small = f"{self.n} pairs allow no p below {least:.2g}" + (", so they cannot be significant in it" if least > self.alpha else "")
+        counted = "one comparison" if self.comparisons == 1 else f"not corrected for {self.comparisons} comparisons"
+        return f"Sign flips, which need no normal distribution: p = {self.flipped:.2g}, {counted} ({small})."
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything that is said about a sweep: the verdicts, and sentences without a verdict."""
+    """All that is said about a sweep: the verdicts, and sentences without one."""
 
     verdicts: list[Verdict]
     secondary: list[str]
@@ -132,7 +144,8 @@ def contrast(results: pd.DataFrame, better: str, than: str, metric: str, level: 
     mean, sd, low, high, p = paired_t(values, level)
     found = resolvable(len(values), sd, (1 - level) / comparisons)
     pairs = tuple(differences), tuple(differences.values())
-    return Contrast(better, than, metric, *pairs, mean, sd, low, high, p, found, level, tuple(dropped), comparisons)
+    flipped = sign_flips(values) if len(values) > 1 else NAN
+    return Contrast(better, than, metric, *pairs, mean, sd, low, high, p, found, level, tuple(dropped), comparisons, flipped)
 
 
 def _arm(results: pd.DataFrame, variant: str, metric: str) -> dict[int, float | str]:
@@ -244,23 +257,27 @@ def noise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def summary(results: pd.DataFrame, ablation: Ablation) -> Summary:
-    """Verdicts, secondary metrics, the control where the effect should vanish, and what a reader must know about the rest."""
-    pairs = ablation.claims
-    claimed = {name for pair in pairs for name in (pair.better, pair.than)}
-    unclaimed = [(name, ablation.baseline) for name in ablation.arms if name not in {*claimed, ablation.baseline}]
+    """Verdicts, secondary metrics, the controls, and what a reader must know about the rest."""
+    from longcat_lab.ablation import controls, floor, ranks, tuning
+
+    pairs = [(claim.better, claim.than) for claim in ablation.claims]
+    claimed = {name for pair in pairs for name in pair}
+    others = [name for name in ablation.arms if name not in {*claimed, *ablation.controls, ablation.baseline}]
+    unclaimed = [(name, ablation.baseline) for name in others]
     # An arm of no claim stands beside the baseline, in the primary metric too.
-    wanted = [(metric, pair.better, pair.than) for metric in ablation.also for pair in pairs]
+    wanted = [(metric, *pair) for metric in ablation.also for pair in pairs]
     wanted += [(metric, *pair) for metric in (ablation.metric, *ablation.also) for pair in unclaimed]
     secondary = [_plainly(contrast(results, better, than, metric)) for metric, better, than in wanted]
     vanishing = []
     if control := ablation.vanishes:
-        there = [contrast(results, pair.better, pair.than, control.metric) for pair in pairs]
+        there = [contrast(results, *pair, control.metric) for pair in pairs or unclaimed]
         vanishing = [_vanished(c, control.where, ablation.smallest_effect) for c in there]
     notes = []
     jobs = results[results["variant"].isin(list(ablation.variants))]  # an arm that is evaluated from one of them has no job
     counts: dict[Any, int] = jobs["status"].value_counts().to_dict()
     if counts.get("finished", 0) != len(jobs):
         notes.append(f"Of {len(jobs)} jobs, " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) + ".")
+    notes += [*controls.lines(results, ablation), *floor.lines(ablation), *ranks.lines(results, ablation), *tuning.lines(ablation)]
     return Summary(judge(results, ablation), [s for s in secondary if s], [s for s in vanishing if s], notes)
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from longcat_lab.ablation.spec import Ablation
 
 LOCK = ".lock"
-DONE = ("finished", "failed", "interrupted")
+ENGINE = "engine.json"  # in a job's folder: where the queue that runs it knows it
+DONE = ("finished", "diverged", "failed", "interrupted")
 
 
 def job_folder(folder: Path, variant: str, seed: int) -> Path:
@@ -51,7 +52,10 @@ def write_question(folder: Path, ablation: Ablation, solution: Solution) -> None
     settled = {name: {**overrides, **solution.moved[name]} for name, overrides in ablation.variants.items()}
     copied, names = plugin_copies.write(folder, solution.plugins), plugin_copies.names(solution.plugins)
     own = {"plugins": list(dict.fromkeys(f"{plugin_copies.HOME}/{names[path]}" for path in ablation.plugins)), "copied": copied}
-    now = stated(ablation.model_copy(update={"variants": settled, "solved": solved, **own, "changes": [], "before": {}}).to_dict())
+    if ablation.compare_with:  # so that both folders can be moved together
+        own["compare_with"] = os.path.relpath(ablation.compare_with, folder)
+    now = ablation.model_copy(update={"variants": settled, "solved": solved, **own, "changes": [], "before": {}}).to_dict()
+    now = stated(now | {"resources": ablation.resources.model_dump(mode="json", exclude_defaults=True)})
     if (folder / "ablation.yaml").is_file():
         before = read_question(folder)
         changes, first = list(before.get("changes") or []), dict(before.get("before") or {})
@@ -112,7 +116,7 @@ def check_folder(folder: Path, name: str) -> None:
             return
         if not folder.is_dir():
             raise LabError(f"{folder} is a file; choose another folder with --out.")
-        if not {entry.name for entry in folder.iterdir()} - {LOCK}:
+        if not {entry.name for entry in folder.iterdir()} - {LOCK, "tuning"}:  # what is tuned comes before the question is written
             return
         there = (folder / "ablation.yaml").is_file()
     except OSError as error:

@@ -14,7 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 HEARTBEAT = 30.0  # seconds between lines when nothing changes and nobody sees a table
-STYLE = {"finished": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "planned": "dim"}
+STYLE = {
+    **{"finished": "green", "diverged": "magenta", "running": "cyan", "queued": "blue"},
+    **{"failed": "red", "interrupted": "yellow", "planned": "dim"},
+}
 
 
 @dataclass
@@ -46,7 +49,7 @@ def time_left(cells: Sequence[Cell], slots: int, now: float | None = None) -> fl
     """
     now = time.monotonic() if now is None else now
     running = [cell for cell in cells if cell.status == "running"]
-    waiting = sum(cell.status == "planned" for cell in cells)
+    waiting = sum(cell.status in ("planned", "queued") for cell in cells)
     lengths = [cell.seconds for cell in cells if cell.status == "finished" and cell.seconds]
     if not lengths:
         lengths = [now - cell.began + cell.left for cell in running if cell.left is not None and cell.began is not None]
@@ -145,9 +148,9 @@ class Display:
         """`3 of 9 finished, 2 running, about 4 min 10 s left`."""
         number = {status: sum(cell.status == status for cell in self.cells) for status in STYLE}
         parts = [f"{number['finished']} of {len(self.cells)} finished"]
-        parts += [f"{number[status]} {status}" for status in ("running", "failed", "interrupted") if number[status]]
+        parts += [f"{number[status]} {status}" for status in ("diverged", "running", "queued", "failed", "interrupted") if number[status]]
         left = time_left(self.cells, self.slots)
-        if left and (number["running"] or number["planned"]):
+        if left and (number["running"] or number["queued"] or number["planned"]):
             parts.append(f"about {span(left)} left")
         return ", ".join(parts)
 
@@ -155,7 +158,7 @@ class Display:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in ("job", "status", "step", "tokens/s", "loss", "left"):
             table.add_column(title, justify="left" if title in ("job", "status") else "right", no_wrap=True)
-        order = ("running", "failed", "interrupted", "finished", "planned")
+        order = ("running", "failed", "diverged", "interrupted", "queued", "finished", "planned")
         room = max(5, self.console.height - 6)
         ranked = sorted(self.cells, key=lambda cell: order.index(cell.status))
         for cell in ranked[:room]:

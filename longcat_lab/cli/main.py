@@ -26,14 +26,27 @@ def run(
     ablation: Annotated[Path, typer.Argument(help="the question: a YAML file")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="folder of the sweep; runs/NAME if not given")] = None,
-    jobs: Annotated[int | None, typer.Option(help="jobs side by side; at most 4 and at most one a core if not given")] = None,
-    executor: Annotated[str, typer.Option(help="where jobs run: local")] = "local",
+    jobs: Annotated[int | None, typer.Option(help="jobs side by side; if not given, at most 4 and one a core here, all in a queue")] = None,
+    executor: Annotated[str, typer.Option(help="where jobs run: local, slurm, or one of your own")] = "local",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="run nothing: jobs, cost, what is held equal, the smallest effect to be seen")
+    ] = False,
+    measure: Annotated[bool, typer.Option(help="with --plan: run a few steps of each variant to know the cost")] = True,
 ) -> None:
     """Run every variant and seed of an ablation; running it again does only what is missing."""
+    from longcat_lab.ablation import forecast
     from longcat_lab.ablation import run as run_ablation
 
+    if plan:
+
+        def say(line: str) -> None:
+            typer.echo(line, err=True)
+
+        for line in forecast(ablation, out=out, jobs=jobs, overrides=overrides or (), measure=measure, say=say).lines:
+            typer.echo(line)
+        return
     folder = run_ablation(ablation, out=out, jobs=jobs, overrides=overrides or (), executor=executor)
-    typer.echo(f"Every job is finished. The result page: longcat-lab report {folder}")
+    typer.echo(f"Every job is done. The result page: longcat-lab report {folder}")
 
 
 @app.command()

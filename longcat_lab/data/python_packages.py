@@ -1,8 +1,8 @@
 """Real text without a download: the Python source of the standard library and of installed distributions.
 
 Which packages. `packages: null` takes the standard library and every installed distribution that longcat_lab requires, directly or
-through others, with all its extras that are installed. Where longcat_lab runs from a checkout and is not installed, the requirements
-of torch, tokenizers and pandas stand in for its own. What else a machine has installed does not change the text.
+through others, with all its extras that are installed (but `slurm`). Where longcat_lab runs from a checkout and is not installed,
+the requirements of torch, tokenizers and pandas stand in for its own. What else a machine has installed does not change the text.
 
 Which files. Those a distribution's RECORD lists; for the standard library, the .py files under its folder. Left out:
 
@@ -30,6 +30,7 @@ from longcat_lab.errors import LabError
 
 OWN_NAME = "longcat-lab"
 STDLIB = "stdlib"
+ENGINES = "slurm"  # the extra that says where jobs run: the text must be the same on a cluster and beside it
 STAND_IN_ROOTS = ("torch", "tokenizers", "pandas")
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 VENDOR_FOLDERS = {"_vendor", "_vendored", "vendor", "vendored", "third_party", "_bundled"}
@@ -129,7 +130,7 @@ def required_distributions() -> dict[str, metadata.Distribution]:
 
     try:
         own = metadata.distribution(OWN_NAME)
-        extras = own.metadata.get_all("Provides-Extra") or []
+        extras = [extra for extra in own.metadata.get_all("Provides-Extra") or [] if extra != ENGINES]
         waiting = [(OWN_NAME, extra) for extra in ["", *extras]]
     except metadata.PackageNotFoundError:
         waiting = [(name, "") for name in STAND_IN_ROOTS]

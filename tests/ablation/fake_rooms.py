@@ -65,10 +65,25 @@ def prepare(config: Config, progress: Any) -> None:
     progress("2 of 2 files")
 
 
-FAKE = Rooms(load=load, apply=apply, totals=totals, identity=identity, data_key=lambda config: "one", prepare=prepare)
+FAKE = Rooms(
+    load=load,
+    apply=apply,
+    totals=totals,
+    identity=identity,
+    data_key=lambda config: "one",
+    prepare=prepare,
+    cards=lambda: ["4", "5"],
+    check_layout=lambda config, processes: None,
+)
 
 PARAMETERS = 'job_folder = ""'
-HELLO = 'import os\nprint("threads", os.environ["OMP_NUM_THREADS"])'
+HELLO = """
+import fcntl, os
+print("threads", os.environ["OMP_NUM_THREADS"])
+if "CARD_LOCKS" in os.environ:  # fails where another job has the same card
+    held = open(os.path.join(os.environ["CARD_LOCKS"], os.environ["CUDA_VISIBLE_DEVICES"]), "w")
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+"""
 CODE = """
 import json, os, signal, time
 from pathlib import Path
@@ -92,6 +107,23 @@ if behaviour == "raise":
     raise ValueError("boom\\nsecond line")
 if behaviour == "die":
     os._exit(9)
+if behaviour == "killed once" and len((folder / "count.txt").read_text()) == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if behaviour == "memory":
+    raise MemoryError("Unable to allocate 9.1 TiB")
+if behaviour == "nan":
+    save("diverged", reason="diverged at step 120: loss nan", final={"train_loss": 3.5})
+    raise ArithmeticError("The loss is nan at step 120.")
+if behaviour == "eat":  # neither of the two takes too much alone
+    import subprocess, sys
+    grow = "held = [bytearray(b'x' * (1 << 20)) for _ in range(%d)]; import time; time.sleep(300)"
+    (folder / "eater").write_text(str(subprocess.Popen([sys.executable, "-c", grow % 600], start_new_session=True).pid))
+    exec(grow % int(os.environ.get("EATEN", 600)))
+if behaviour == "fill" and not (folder / "freed").exists():
+    with open(folder / "big", "wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
 if behaviour == "stubborn":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 if behaviour in ("wait", "stubborn"):
@@ -142,14 +174,14 @@ def write_question(folder: Path, variants: dict[str, Any], **more: Any) -> Path:
     return path
 
 
-if __name__ == "__main__":  # a driver that can be killed: python fake_rooms.py QUESTION OUT JOBS
+if __name__ == "__main__":  # a driver that can be killed: python fake_rooms.py QUESTION OUT JOBS [EXECUTOR]
     import sys
 
     from longcat_lab.ablation import run
     from longcat_lab.errors import LabError
 
     try:
-        run(sys.argv[1], sys.argv[2], int(sys.argv[3]), rooms=FAKE)
+        run(sys.argv[1], sys.argv[2], int(sys.argv[3]), rooms=FAKE, executor=(*sys.argv, "local")[4])
     except LabError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         sys.exit(2)

@@ -15,7 +15,8 @@ from fake_rooms import FAKE, write_question
 from rich.console import Console
 
 from longcat_lab.ablation import JobsFailed, LabInterrupted, load_results, read, read_sweep, run
-from longcat_lab.ablation.executor import BUSY, LocalExecutor, cores
+from longcat_lab.ablation.executors import BUSY
+from longcat_lab.ablation.executors.local import LocalExecutor, cores
 from longcat_lab.ablation.jobs import Job
 from longcat_lab.ablation.store import Lock, check_folder, is_free
 from longcat_lab.ablation.table import Cell, Display, short, span, time_left
@@ -158,7 +159,7 @@ def test_no_sweep_here(tmp_path: Path) -> None:
 
 
 def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longcat_lab.ablation.executor.cores", lambda: 8)
+    monkeypatch.setattr("longcat_lab.ablation.executors.local.cores", lambda: 8)
     assert [LocalExecutor(jobs).threads for jobs in (1, 3, 8, 20)] == [8, 2, 1, 1]
     assert cores() >= 1
 

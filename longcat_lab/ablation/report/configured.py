@@ -11,7 +11,8 @@ from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.store import Sweep
 from longcat_lab.errors import LabError
 
-OF_A_JOB = ("seed", "tracking", "parallel")  # settings in which the jobs of an arm may differ: they decide none of its numbers
+OF_A_JOB = ("seed", "tracking", "parallel")  # settings in which the jobs of an arm may differ: seeds, and what decides no number
+DRAWN = ("seed", "data.seed")  # what one job draws by and its pair in another arm too
 FEW = 6  # settings that one sentence names
 
 
@@ -50,7 +51,7 @@ def uneven(sweep: Sweep) -> list[str]:
     first: dict[str, tuple[int, dict[str, Any]]] = {}
     said = []
     for (variant, seed), config in _settled(sweep):
-        own = {key: value for key, value in flat(config).items() if key.partition(".")[0] not in OF_A_JOB}
+        own = {key: value for key, value in flat(config).items() if key.partition(".")[0] not in OF_A_JOB and key not in DRAWN}
         start, theirs = first.setdefault(variant, (seed, own))
         if odd := [key for key in sorted({*own, *theirs}) if own.get(key, NONE) != theirs.get(key, NONE)]:
             listed = ", ".join(f"{key} {own.get(key, NONE)} and not {theirs.get(key, NONE)}" for key in odd[:FEW])

@@ -6,21 +6,21 @@ import math
 from statistics import median
 from typing import Any
 
+from longcat_lab.ablation.quantities import PASSES, Clock
 from longcat_lab.ablation.report.judged import weights
-from longcat_lab.ablation.report.parts import NONE, Cell, Lines, Part, finite, number, short, table
-from longcat_lab.ablation.spec import Ablation, Match
+from longcat_lab.ablation.report.parts import NONE, Cell, Lines, Part, figures, finite, number, short, table
+from longcat_lab.ablation.spec import Ablation
 from longcat_lab.ablation.store import Sweep
 
-# The four conventions, the key of an arm's costs that each compares, and the quantity of a `match` rule that chooses it.
+# The four conventions, the key of an arm's costs that each compares, and the quantities of a `match` rule that choose it.
 CONVENTIONS = {
-    "total parameters": ("total_params", "total_params"),
-    "active parameters": ("active_params", "active_params"),
-    "training FLOPs": ("training_flops", "flops_per_token"),
-    "wall-clock": ("seconds", None),
+    "total parameters": ("total_params", ("total_params",)),
+    "active parameters": ("active_params", ("active_params",)),
+    "training FLOPs": ("training_flops", ("flops_per_token", "flops")),
+    "wall-clock": ("seconds", ("wall_clock",)),
 }
 AXES = {"wall-clock": "seconds of training (wall-clock)"}  # what a figure calls them, where that is not the same
 NEAR = 0.01  # of the baseline: called equal in fact
-PASSES = 3  # forward passes that a training step is counted as: itself, and twice as much going back
 
 
 def costs(sweep: Sweep) -> dict[str, dict[str, float | None]]:
@@ -58,17 +58,13 @@ def costs(sweep: Sweep) -> dict[str, dict[str, float | None]]:
 def held(ablation: Ablation) -> dict[str, str]:
     """The conventions that a `match` rule of the question holds: axis and column -> `held equal`, with the arms where not all are."""
     found: dict[str, set[str]] = {}
-    for name, (_, quantity) in CONVENTIONS.items():
+    for name, (_, quantities) in CONVENTIONS.items():
         for rule in ablation.match:
-            if rule.quantity == quantity:
-                found.setdefault(name, set()).update([rule.reference, *_held_by(rule, ablation)])
-    every = set(ablation.variants)
+            if rule.quantity in quantities:
+                found.setdefault(name, set()).update([rule.reference, *ablation.held_by(rule)])
+    every = {*ablation.variants} - {*ablation.controls}
     words = {name: "held equal" if arms == every else f"held equal: {', '.join(sorted(arms))}" for name, arms in found.items()}
     return words
-
-
-def _held_by(rule: Match, ablation: Ablation) -> list[str]:
-    return rule.variants if rule.variants is not None else [name for name in ablation.variants if name != rule.reference]
 
 
 def parts(sweep: Sweep) -> dict[str, Part]:
@@ -95,11 +91,30 @@ def parts(sweep: Sweep) -> dict[str, Part]:
     ratios = [
         {"variant": name, **{title[each]: ratio(c[key], base[key]) for each, (key, _) in CONVENTIONS.items()}} for name, c in known.items()
     ]
-    return {
+    found = {
         "cost-table": table(rows),
         "matching-table": table(ratios, tuple(title[name] for name in chosen)),
         "matching-words": Lines(tuple(_words(a, known, chosen)), "ul"),
     }
+    return found | ({"tuning-table": table(_tuning(a))} if a.tuning else {})
+
+
+def _tuning(a: Ablation) -> list[dict[str, Any]]:
+    """A row an arm: what each value of the tuned setting reached on the tuning's seeds, and which was taken."""
+    told = a.tuning
+    values = sorted({value for curve in told["means"].values() for value, _ in curve})
+    rows = []
+    for name, curve in told["means"].items():
+        means = dict(map(tuple, curve))
+        row: dict[str, Any] = {f"tuned arm: {told['metric']}, mean of {len(told['seeds'])} other seeds": name}
+        row |= {f"{told['setting']} {value:g}": number(means.get(value), 4) for value in values}
+        rows.append(row | {"taken": figures(told["chosen"][name])})
+    return rows
+
+
+def _step(a: Ablation, name: str) -> float:
+    clock = Clock.of(a.measured[name])
+    return clock.at(((a.solved.get(name) or {}).get("moved") or {}).get(clock.key))
 
 
 def ratio(value: float | None, base: float | None) -> Cell:
@@ -114,9 +129,12 @@ def _words(a: Ablation, known: dict[str, dict[str, float | None]], chosen: dict[
     for rule in a.match:
         moved = "; ".join(f"{name}: {key}" for name, key in rule.free.items())
         said.append(
-            f"{rule.quantity} of {', '.join(_held_by(rule, a))} held within {100 * rule.tolerance:g} % of {rule.reference}"
+            f"{rule.quantity} of {', '.join(a.held_by(rule))} held within {100 * rule.tolerance:g} % of {rule.reference}"
             + (f" by moving {moved}" if moved else "")
         )
+    if a.measured:
+        steps = [f"{name} {_step(a, name):.3g}" for name in a.measured]
+        said.append(f"wall_clock was held on seconds a step that were measured beforehand: {', '.join(steps)}")
     if not a.match:
         said.append("The question file holds none of the four equal by a rule")
     base, equal = known[a.baseline], []

@@ -124,7 +124,8 @@ def _claim(v: Verdict) -> str:
     c = v.contrast
     counted = f" and {v.comparisons} comparisons" if v.comparisons > 1 else ""
     power = f" With {c.n} pairs at this spread{counted}, 80 % power needs a true effect of {c.resolvable:.3g} or more." if c.n > 1 else ""
-    return f"{MARKS[v.verdict]} {v.verdict}: {c.better} better than {c.than}\n{v.sentence}{power}"
+    flips = f" {c.without_normality}" if c.n >= FEWEST and not c.constant else ""
+    return f"{MARKS[v.verdict]} {v.verdict}: {c.better} better than {c.than}\n{v.sentence}{power}{flips}"
 
 
 def _hypothesis(sweep: Sweep) -> tuple[str, ...]:
@@ -182,6 +183,7 @@ def _comparison(c: Contrast, adjusted: float) -> dict[str, Any]:
         "95 % interval": interval,
         "p": _p(c.p if c.n >= FEWEST else None),
         "p (Holm)": _p(adjusted),
+        "p (sign flips)": _p(c.flipped if c.n >= FEWEST else None),
         f"smallest effect these seeds could resolve ({counted})": figures(c.resolvable),
     }
 

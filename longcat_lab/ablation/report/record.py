@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from longcat_lab.ablation import begun, store
-from longcat_lab.ablation.report.configured import configurations, flat, uneven
+from longcat_lab.ablation.report.configured import DRAWN, configurations, flat, uneven
 from longcat_lab.ablation.report.judged import weights
 from longcat_lab.ablation.report.parts import NONE, Cell, Lines, Part, number, table
 from longcat_lab.ablation.statistics import Summary
 from longcat_lab.ablation.store import Sweep
 from longcat_lab.config.yaml import write_yaml
 
-FATES = {"finished": "done", "failed": "failed", "interrupted": "interrupted", "running": "running", "planned": "skipped"}
+FATES = {"finished": "done", **{word: word for word in ("diverged", "failed", "interrupted", "running")}, "planned": "skipped"}
 LOST = "unaccounted for"
 PAGE, NOTEBOOK, DIFF = "notebook.html", "notebook.ipynb", "uncommitted.diff"
 UNTRACKED = 30  # names of files in no commit that the page shows
@@ -192,7 +192,7 @@ def _differences(sweep: Sweep, configs: dict[str, dict[str, Any]]) -> dict[str, 
             if any(other.startswith(f"{key}.") for other in (theirs if key in own else own)):
                 continue  # nothing on one side, many settings on the other: each of those has its row
             before, after = theirs.get(key, NONE), own.get(key, NONE)
-            if str(before) != str(after) and key != "seed" and not key.startswith("training.evaluations"):
+            if str(before) != str(after) and key not in DRAWN and not key.startswith("training.evaluations"):
                 after = f"{after} (solved)" if key in moved else str(after)
                 rows.append({"arm": name, **weights(a, name), "setting": key, f"{base} (baseline)": str(before), "this arm": after})
     same = [name for name in configs if name != base and all(row["arm"] != name for row in rows)]

@@ -8,8 +8,22 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat_lab.ablation.report import content, drawn, html, render
+from longcat_lab.ablation.report import content, drawn, html
 from longcat_lab.ablation.report.parts import Lines, Part
+from longcat_lab.ablation.report.render import (
+    HIDDEN,
+    LARGEST,
+    MADE,
+    NOTEBOOK,
+    NOTEBOOK_OF_THE_PAGE,
+    PAGE,
+    job_shell,
+    job_text,
+    makers,
+    page_shell,
+    page_text,
+    to_body,
+)
 from longcat_lab.ablation.statistics import Summary
 from longcat_lab.ablation.store import Sweep
 
@@ -26,9 +40,9 @@ def sources(notebook: NotebookNode) -> list[str]:
     """The cells of report.ipynb against the notebook that this package makes pages with."""
     import nbformat
 
-    if not render.NOTEBOOK_OF_THE_PAGE.is_file():
+    if not NOTEBOOK_OF_THE_PAGE.is_file():
         return []
-    meant = _cells(nbformat.read(render.NOTEBOOK_OF_THE_PAGE, as_version=4))
+    meant = _cells(nbformat.read(NOTEBOOK_OF_THE_PAGE, as_version=4))
     found = _cells(notebook)
     if len(found) != len(meant):
         return [f"report.ipynb has {len(found)} cells of its own, the notebook that pages are made with has {len(meant)}."]
@@ -38,7 +52,7 @@ def sources(notebook: NotebookNode) -> list[str]:
 
 def _cells(notebook: NotebookNode) -> list[tuple[str, str, bool]]:
     return [
-        (cell.cell_type, cell.source.strip(), render.HIDDEN in cell.metadata.get("tags", []))
+        (cell.cell_type, cell.source.strip(), HIDDEN in cell.metadata.get("tags", []))
         for cell in notebook.cells
         if INJECTED not in cell.metadata.get("tags", [])
     ]
@@ -69,16 +83,16 @@ def outputs(notebook: NotebookNode, made: dict[str, Part], said: Summary, facts:
 
 def page(text: str, sweep: Sweep, notebook: NotebookNode, shown: html.Shown) -> list[str]:
     """report.html against what report.ipynb becomes."""
-    if shown.meta.get(render.MADE) == render.makers():
-        return difference("report.html", text, render.page_text(sweep, notebook), "report.ipynb")
-    problems = _shell("report.html", text, render.page_shell(sweep))
+    if shown.meta.get(MADE) == makers():
+        return difference("report.html", text, page_text(sweep, notebook), "report.ipynb")
+    problems = _shell("report.html", text, page_shell(sweep))
     body = html.tokens(text)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if html.tokens(output.get("data", {}).get("text/html", "")) not in body:
                 first = html.shown(output.data["text/html"])
                 problems.append(f"report.html does not hold an output of report.ipynb as it is there: {_cut(first.all_text)}")
-    if shown.authored != html.shown(render.to_body(notebook, code=False)).authored:
+    if shown.authored != html.shown(to_body(notebook, code=False)).authored:
         problems.append("report.html has other words between its parts than report.ipynb.")
     return problems
 
@@ -93,21 +107,21 @@ def loose(name: str, shown: html.Shown, made: dict[str, Part]) -> list[str]:
 
 def job_page(job: str, folder: Path, title: str, shown: html.Shown, text: str, notebook: NotebookNode) -> list[str]:
     """A job's notebook.html against what its notebook.ipynb becomes."""
-    if shown.meta.get(render.MADE) == render.makers():
-        return difference(f"{job}/{render.PAGE}", text, render.job_text(folder, title), render.NOTEBOOK)
-    problems = _shell(f"{job}/{render.PAGE}", text, render.job_shell(folder, title))
+    if shown.meta.get(MADE) == makers():
+        return difference(f"{job}/{PAGE}", text, job_text(folder, title), NOTEBOOK)
+    problems = _shell(f"{job}/{PAGE}", text, job_shell(folder, title))
     body = html.tokens(text)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             written = output.get("data", {}).get("text/html", "")
-            if len(written) < render.LARGEST / 4 and html.tokens(written) not in body:
-                return [*problems, f"{job}/{render.PAGE} does not show what {render.NOTEBOOK} says: an output differs."]
+            if len(written) < LARGEST / 4 and html.tokens(written) not in body:
+                return [*problems, f"{job}/{PAGE} does not show what {NOTEBOOK} says: an output differs."]
     return problems
 
 
 def _shell(name: str, text: str, shell: tuple[str, str]) -> list[str]:
     """The head, the style and the script of a page of another version of what makes pages: all but the note of that version."""
-    note = re.compile(rf'<meta name="{render.MADE}" content="[^"]*">')
+    note = re.compile(rf'<meta name="{MADE}" content="[^"]*">')
     before, after = (note.sub("", each) for each in shell)
     text = note.sub("", text, count=1)
     if text.startswith(before) and text.endswith(after):

@@ -1,0 +1,54 @@
+"""How a job ended: by its own word, its engine's, or its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from longcat_lab.ablation import ends, executors, store
+from longcat_lab.ablation.jobs import Job
+from longcat_lab.errors import LabError
+from longcat_lab.files import read_json, write_json
+
+
+def settled(job: Job, handle: executors.Handle, code: int, attempts: int, stopping: bool) -> tuple[dict[str, Any], str]:
+    """What changes in the job's row, and the kind of its end. What the job could not say itself is written into its run.json.
+
+    Args:
+        code: its exit status.
+        attempts: that had begun before this one.
+        stopping: whether its driver has asked it to end.
+    """
+    run, told = read_json(job.folder / "run.json"), executors.why(handle)
+    if code == executors.BUSY:
+        return {"status": "failed", "reason": f"another process ({store.said_holder(job.folder)}) still uses its folder"}, ends.START
+    if _by_itself(job, run, attempts):
+        if told is not None and told.kind != ends.KILLED and run["status"] == "interrupted" and not stopping:
+            # The job knows a signal alone; its engine knows why.
+            run |= {"status": told.status, "reason": told.reason}
+            run["job"]["end"] = told.kind
+            _write(job, run)
+        # If code was edited meanwhile, the run has another identity than was planned; the row says which.
+        row = store.result_row(run, job.variant, job.seed, run.get("identity", job.identity))
+        return row, str(run["job"].get("end") or run["status"])
+    handle.stop(force=True)
+    end = told or ends.of_exit(code)
+    began = store.attempts(run) > attempts
+    kind = ends.START if end.kind == ends.ERROR and not began else end.kind
+    row = {"status": "interrupted" if stopping else end.status, "reason": end.reason}
+    if run is not None and run.get("identity") == job.identity:  # else the folder still holds what ran before, untouched
+        run |= row
+        run["job"] = {**(run.get("job") or {}), "end": ends.STOPPED if stopping else kind}
+        _write(job, run)
+    return row, kind
+
+
+def _by_itself(job: Job, run: dict[str, Any] | None, attempts: int) -> bool:
+    """Whether run.json is by the process that has just ended, and says how; not by an earlier attempt or another configuration."""
+    done = run is not None and run.get("status") in store.DONE and store.attempts(run) > attempts
+    return done and not (job.folder / "planned.json").exists()
+
+
+def _write(job: Job, run: dict[str, Any]) -> None:
+    with contextlib.suppress(LabError):  # no room on the disk: the table has it
+        write_json(job.folder / "run.json", run)

@@ -1,0 +1,85 @@
+"""A sweep from its question to its noise floor: what must be known before it is solved, the jobs, and what is kept for the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from longcat_lab.ablation import executors, floor, match, measured, runner, store, tuning
+from longcat_lab.ablation.outcome import JobsFailed
+from longcat_lab.ablation.rooms import Rooms
+from longcat_lab.ablation.spec import Ablation
+
+
+def run(
+    ablation_path: str | Path, out: str | Path | None = None, jobs: int | None = None, overrides: Iterable[str] = (), **more: Any
+) -> Path:
+    """Run every job of an ablation that is not finished yet, and return the sweep's folder.
+
+    Before: steps are measured where time is held equal, and each arm is tuned where the question asks for it (FOLDER/tuning). After: what
+    an A/A arm has measured is kept beside the sweeps (`floor`).
+
+    Args and raises: see `runner.run`.
+    """
+    overrides, rooms = list(overrides), more.get("rooms") or Rooms()
+
+    def settled(ablation: Ablation, folder: Path, notebook: Path) -> Ablation:
+        ablation = before(ablation, folder, rooms, jobs, _say(more.get("console")))
+        if ablation.tune is None:
+            return ablation
+        solution = match.solve(ablation, rooms)
+
+        def sub(path: Path, home: Path) -> Any:
+            return runner.run(path, home, jobs, **more)
+
+        return tuning.tuned(ablation, solution, folder, sub, notebook)
+
+    try:
+        folder = runner.run(ablation_path, out, jobs, overrides, settled=settled, **more)
+    except JobsFailed as error:
+        floor.keep(error.folder)
+        raise
+    floor.keep(folder)
+    return folder
+
+
+def before(ablation: Ablation, folder: Path, rooms: Rooms, jobs: int | None, say: Callable[[str], None], measure: bool = True) -> Ablation:
+    """The question with what a sweep knows before it begins: the noise floor and measured steps. What the folder has of these stays, so
+    that going on solves nothing anew. Writes nothing.
+
+    Raises:
+        LabError: steps cannot be measured.
+    """
+    there = asked(folder, ablation.name)
+    update: dict[str, Any] = {"noise": there.get("noise") or {} if there else floor.known(folder, ablation)}
+    if measure:
+        update["measured"] = measured.clocks(ablation, rooms, threads(ablation, jobs, folder, rooms), there.get("measured") or {}, say)
+    elif not ablation.measured:
+        update["measured"] = there.get("measured") or {}
+    return ablation.model_copy(update=update)
+
+
+def asked(folder: Path, name: str) -> dict[str, Any]:
+    """What a sweep's folder holds of its question; empty where there is none of that name."""
+    if not (folder / "ablation.yaml").is_file():
+        return {}
+    question = store.read_question(folder)
+    return question if question.get("name") == name else {}
+
+
+def threads(ablation: Ablation, jobs: int | None, folder: Path, rooms: Rooms) -> int:
+    """Of a job of this sweep on this machine."""
+    return int(getattr(executors.make("local", ablation.resources, jobs, folder, rooms), "threads", 1))
+
+
+def _say(console: Any) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        from rich.console import Console
+
+        (console or Console()).print(line, highlight=False, markup=False, soft_wrap=True)
+
+    return say
+
+
+__all__ = ["asked", "before", "run", "threads"]

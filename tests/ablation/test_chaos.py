@@ -1,0 +1,116 @@
+"""Dozens of real jobs whose kernels, jobs, warm processes and drivers are killed at random; in the end nothing can tell."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+
+from longcat_lab.ablation import store
+from longcat_lab.files import read_json
+
+SEED = 20261122
+TROUBLE = 90.0  # seconds
+QUESTION = """
+name: chaos
+question: Does anything that dies change a number?
+hypothesis: No.
+base: tiny
+set: {training.steps: 40, training.checkpoint_every: 4, training.log_every: 1, training.evaluation_sequences: 2}
+baseline: two
+variants: {two: {}, one: {model.num_layers: 1}, three: {model.num_layers: 3}}
+seeds: [0, 1, 2, 3, 4, 5, 6, 7]
+smallest_effect: 0.1
+"""
+TIMED = ("seconds", "tokens_per_second")
+
+
+def driver(question, folder, temporary):
+    command = [sys.executable, "-m", "longcat_lab", "run", str(question), "--out", str(folder), "--jobs", "2"]
+    environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    temporary.mkdir(exist_ok=True)
+    log = open(folder.with_suffix(".log"), "ab")  # noqa: SIM115 (the process has it)
+    with log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def concerned(*words):
+    """Processes whose command or environment names one of `words`, but this one."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                said = " ".join([*process.cmdline(), process.environ().get("TMPDIR", "")])
+                if any(word in said for word in words):
+                    found.append(process)
+    return found
+
+
+def killed(driving, folder, temporary, choose):
+    """Kills one process of the sweep at random; what it was."""
+    holders = [store.holder(job) for job in folder.glob("jobs/*/seed-*") if not store.is_free(job)]
+    victims = {
+        "driver": [driving.pid],
+        "job": [note["pid"] for note in holders if "pid" in note],
+        "kernel": [note["kernel"] for note in holders if "kernel" in note],
+        "warm": [p.pid for p in psutil.Process(driving.pid).children() if "longcat_lab.ablation.warm" in p.cmdline()],
+    }
+    what = choose.choice([name for name, pids in victims.items() if pids])
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(choose.choice(victims[what]), signal.SIGKILL)
+    return what
+
+
+def numbers(folder):
+    """All that two runs of one sweep must have alike."""
+    found = {}
+    for job in sorted(folder.glob("jobs/*/seed-*")):
+        run = read_json(job / "run.json")
+        metrics = pd.read_parquet(job / "metrics.parquet").drop(columns=list(TIMED))
+        found[f"{job.parent.name}/{job.name}"] = run["status"], run["identity"], run["final"], metrics.to_dict("list")
+    return found
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_dies_at_random_changes_no_number_and_leaves_nothing(tmp_path):
+    question = tmp_path / "chaos.yaml"
+    question.write_text(QUESTION)
+    calm, folder, temporary = tmp_path / "calm", tmp_path / "sweep", tmp_path / "temporary"
+    assert driver(question, calm, tmp_path / "other").wait() == 0, calm.with_suffix(".log").read_text()[-2000:]
+
+    choose, deaths = random.Random(SEED), []
+    driving, end = driver(question, folder, temporary), time.monotonic() + TROUBLE
+    while time.monotonic() < end:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if driving.wait(choose.uniform(0.5, 8.0)) == 0:
+                break  # all are done before the time is over
+        if driving.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                deaths.append(killed(driving, folder, temporary, choose))
+        if driving.poll() is not None:
+            driving = driver(question, folder, temporary)
+    for _ in range(5):  # jobs that were killed have failed; the next call runs them again
+        if driving.wait() == 0:
+            break
+        driving = driver(question, folder, temporary)
+    assert driving.wait() == 0, folder.with_suffix(".log").read_text()[-3000:]
+
+    assert len(deaths) >= 8 and {"driver", "kernel"} <= set(deaths), deaths
+    undisturbed, disturbed = numbers(calm), numbers(folder)
+    assert len(disturbed) == 24 and disturbed == undisturbed
+    assert all(metrics["step"] == list(range(1, 41)) for *_, metrics in disturbed.values())
+    assert any((read_json(job / "run.json")["job"]["attempts"]) > 1 for job in folder.glob("jobs/*/seed-*"))
+    assert files(folder) == files(calm)
+    assert not concerned(str(folder), str(temporary))
+    assert not list(temporary.iterdir())

@@ -1,0 +1,83 @@
+"""A setting swept for each arm before the question, and a whole sweep with it: real jobs in real kernels, of stand-in rooms."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from worded import ROOMS, write
+
+from longcat_lab.ablation import forecast, load_results, read, read_sweep, run, solve, summary, tuning
+from longcat_lab.ablation.report import content
+from longcat_lab.errors import LabError
+
+ARMS: dict[str, Any] = {"a": {}, "b": {"effect": -0.1}}
+TUNE: dict[str, Any] = {"setting": "training.rate", "values": [1.0, 2.0, 3.0], "seeds": [100]}
+
+
+def curve(**means: float) -> tuning.Curve:
+    return tuning.Curve({float(name[1:]): mean for name, mean in means.items()})
+
+
+def test_the_best_value_ties_and_edges() -> None:
+    tried = [1.0, 2.0, 3.0]
+    assert curve(v1=2.0, v2=1.0, v3=1.5).best == 2.0 and curve(v1=2.0, v2=1.0, v3=1.5).remark(tried) == ""
+    assert curve(v1=1.0, v2=1.0, v3=1.5).best == 1.0
+    assert curve(v1=1.0, v2=1.0, v3=1.5).remark(tried).startswith("2 values are equal, the smallest was taken; the best is at the edge")
+    lost = tuning.Curve({2.0: 1.0}, ("3 is left out (diverged)",))
+    assert lost.best == 2.0 and lost.remark(tried) == "3 is left out (diverged)"
+
+
+def test_the_tuning_is_a_question_of_its_own(tmp_path: Path) -> None:
+    a = read(write(tmp_path, ARMS, tune={**TUNE, "steps": 5}, control="a_a", match="flops", free="model.width", seeds=[0, 1, 2]))
+    found = read(tuning.question(a, solve(a, ROOMS)))
+    assert list(found.variants) == ["a_1", "a_2", "a_3", "b_1", "b_2", "b_3"] and found.seeds == [100]
+    assert found.variants["b_3"] == {"effect": -0.1, "model.width": 64, "training.steps": 5, "training.rate": 3.0}
+    asked = tuning.chosen(a, {"a": curve(v1=1.0, v2=2.0), "b": curve(v1=2.0, v2=1.0)})
+    assert {name: values["training.rate"] for name, values in asked.variants.items()} == {"a": 1.0, "b": 2.0, "a_a": 1.0}
+    assert "on seeds 100, which are not the seeds here" in asked.tuned
+    with pytest.raises(LabError, match="both have 1: what is chosen on a seed cannot be tested on it"):
+        read(write(tmp_path, ARMS, tune={**TUNE, "seeds": [1]}, seeds=[0, 1, 2]))
+
+
+def test_a_sweep_tunes_asks_controls_and_keeps_its_noise(tmp_path: Path) -> None:
+    """Tuning, the question's own jobs with the A/A arm, the noise floor; and once more, where nothing is left to do."""
+    claims = [{"better": "b", "than": "a"}]
+    more = {"seeds": [0, 1, 2], "data_seeds": [1, 1, 2], "control": "a_a", "claims": claims}
+    path, home = write(tmp_path, ARMS, tune={**TUNE, "values": [1.0, 2.0]}, **more), tmp_path / "runs" / "demo"
+    quiet = Console(file=io.StringIO())
+    assert run(path, home, 2, rooms=ROOMS, console=quiet) == home
+    sweep = read_sweep(home)
+    a = sweep.ablation
+    assert a.tuning["chosen"] == {"a": 1.0, "b": 2.0, "a_a": 1.0}, "the stand-in's own best rates"
+    assert a.tuning["means"]["a"] == [[1.0, pytest.approx(2.0)], [2.0, pytest.approx(3.0)]]
+    assert set(load_results(home / "tuning")["seed"]) == {100} and len(load_results(home / "tuning")) == 4
+    assert (sweep.results["status"] == "finished").all() and len(sweep.results) == 9
+    ran = {cell: (each["config"]["seed"], each["config"]["data"]["seed"]) for cell, each in sweep.runs.items()}
+    assert ran["a", 0] == ran["b", 0] == (0, 1) and ran["a", 1] == (1, None) and ran["a_a", 0][1] == 1 and ran["a_a", 0][0] != 0
+
+    said = summary(sweep.results, a)
+    assert said.verdicts[0].contrast.mean == pytest.approx(-0.1) and any("Control a_a" in line for line in said.notes)
+    assert any("training.rate was tuned beforehand on seeds 100: a 1, b 2, a_a 1." in line for line in said.notes)
+    parts = content.parts(sweep, said)
+    assert [[cell.text for cell in row] for row in parts["tuning-table"].rows] == [
+        ["a", "2.0000", "3.0000", "1"],
+        ["b", "2.9000", "1.9000", "2"],
+    ]
+    assert any("the best is at the edge of the grid" in line for line in parts["reading"].lines)
+    [entry] = json.loads((home.parent / "noise.json").read_text())
+    assert (entry["n"], entry["sweep"], entry["code"]) == (3, "demo", "c0de")
+
+    written, stamps = (home / "ablation.yaml").read_text(), {p: p.stat().st_mtime_ns for p in home.glob("**/seed-*/notebook.ipynb")}
+    assert len(stamps) == 13
+    run(path, home, 2, rooms=ROOMS, console=quiet)
+    assert {p: p.stat().st_mtime_ns for p in home.glob("**/seed-*/notebook.ipynb")} == stamps, "what is finished is not run again"
+    assert (home / "ablation.yaml").read_text() == written
+    run(home / "ablation.yaml", home, 2, rooms=ROOMS, console=quiet)
+    assert {p: p.stat().st_mtime_ns for p in home.glob("**/seed-*/notebook.ipynb")} == stamps, "nor from the folder's own question"
+    plan = forecast(path, home, measure=False, rooms=ROOMS)
+    assert set(plan.status.values()) == {"finished"} and any("4 jobs: 4 done, 0 to do" in line for line in plan.lines)
