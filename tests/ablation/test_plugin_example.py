@@ -23,6 +23,7 @@ def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "longcat_lab", *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_examples_sweep_runs_and_is_reported(tmp_path: Path) -> None:
     """Two arms, three seeds, jobs in processes of their own, by the command that the README names."""
     out = tmp_path / "out"

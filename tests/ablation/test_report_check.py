@@ -16,7 +16,7 @@ import pytest
 
 from longcat_lab.ablation import check, read_sweep
 from longcat_lab.ablation.report import html
-from longcat_lab.ablation.report.render import settle_results
+from longcat_lab.ablation.report.rendering import settle_results
 from longcat_lab.ablation.store import Lock
 from longcat_lab.errors import LabError
 

@@ -21,7 +21,7 @@ from longcat_lab.ablation import check, judge, read, read_sweep, summary
 from longcat_lab.ablation.report import content, html
 from longcat_lab.ablation.report.drawn import readings
 from longcat_lab.ablation.report.judged import answer
-from longcat_lab.ablation.report.render import LARGEST, job_page
+from longcat_lab.ablation.report.rendering import LARGEST, job_page
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for nine jobs, each in a kernel of its own
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

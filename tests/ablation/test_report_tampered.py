@@ -15,7 +15,7 @@ from test_report_check import edit, edit_notebook, edit_parquet, edit_run
 
 from longcat_lab.ablation import check, read_sweep, render
 from longcat_lab.ablation.report import html
-from longcat_lab.ablation.report.render import MADE, job_page, makers, page_text
+from longcat_lab.ablation.report.rendering import MADE, job_page, makers, page_text
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for nine jobs, each in a kernel of its own
 JOB, FAILED = Path("jobs/b/seed-1"), Path("jobs/b/seed-3")

@@ -24,6 +24,7 @@ def points(curves):
     return sum(run["series"].get("loss", [0, 0])[1] for run in curves.get("runs", []) if run["from"] == "live")
 
 
+@pytest.mark.slow
 def test_the_panel_trains_with_two_processes_stops_them_and_goes_on_with_one(tmp_path):
     config = config_of(200, "training.checkpoint_every=1000")
     panel = Panel(config, tmp_path, interactive=True, nproc=2)

@@ -192,6 +192,7 @@ def both(folder, more):
     return ended(folder / "room", None, more), ended(folder / "none", 100_000, more)
 
 
+@pytest.mark.slow
 def test_what_takes_a_whole_model_is_left_out_where_there_is_no_room_for_it(tmp_path):
     more = ["training.attention_measures=2", "training.evaluations.same={}", "training.evaluation_sequences=2"]
     config = config_of((), "training.steps=2", "training.evaluate_every=1", "training.schedule.warmup_steps=1", *more)

@@ -15,7 +15,7 @@ import numpy as np
 from longcat_lab.ablation import executed, store
 from longcat_lab.ablation.report import html, whole
 from longcat_lab.ablation.report.record import NOTEBOOK, PAGE
-from longcat_lab.ablation.report.render import SOURCE, digest, job_title
+from longcat_lab.ablation.report.rendering import SOURCE, digest, job_title
 from longcat_lab.ablation.store import Sweep
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from longcat_lab.ablation.report import content, drawn, html
 from longcat_lab.ablation.report.parts import Lines, Part
-from longcat_lab.ablation.report.render import (
+from longcat_lab.ablation.report.rendering import (
     HIDDEN,
     LARGEST,
     MADE,

@@ -41,7 +41,7 @@ def makers() -> str:
     for name in ("nbconvert", "mistune", "pygments", "beautifulsoup4", "bleach"):
         with contextlib.suppress(PackageNotFoundError):
             known.append(f"{name} {version(name)}")
-    own = b"".join((Path(__file__).with_name(name)).read_bytes() for name in ("html.py", "page.css", "page.js", "render.py"))
+    own = b"".join((Path(__file__).with_name(name)).read_bytes() for name in ("html.py", "page.css", "page.js", "rendering.py"))
     return ", ".join([*known, f"own {hashlib.sha256(own).hexdigest()[:8]}"])
 
 
