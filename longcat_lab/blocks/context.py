@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longcat_lab.errors import LabError
+
 
 class Cache:
     """What decoding keeps of the tokens already seen, by the module that made it: exact, grown by doubling, cut back at will.
@@ -136,6 +138,8 @@ class ForwardContext:
     @functools.cached_property
     def mask(self) -> Tensor | None:
         """bool [B or 1, 1, T, S], True where visible; None is plain causal with S = T. Made when the first attention asks: it is O(T S)."""
+        if self.part is not None:
+            raise LabError("parallel.context: an attention asks for a whole row's mask; let it go through context.chunks, or set it to 1.")
         queries, device = len(self.rope[0]), self.rope[0].device
         keys = self.keys or queries + (self.cache.length if self.cache is not None else 0)
         if self.first is None and keys == queries:

@@ -112,12 +112,15 @@ class Block(nn.Module):
     sparse_gradients: set by the optimizer: gradients of parameters of the role `table` are to be sparse (the rows that were read,
         torch's COO layout), because it steps on those rows alone.
     reads_context: for dense networks: `forward(x, context)` in place of `forward(x)`.
+    serves_parts: for blocks of one's own: they compute each position alone, or go through `ForwardContext.chunks`, and so serve a part of
+        a row under context parallelism. Without it such a layout is refused.
     """
 
     roles: ClassVar[dict[str, str]] = {}
     stacks: ClassVar[dict[str, int]] = {}
     sparse_gradients = False
     reads_context = False
+    serves_parts = False
 
     def initial_std(self) -> dict[str, float]:
         return {}

@@ -50,5 +50,11 @@ def check(model: LongcatLM) -> None:
     if getattr(model.embed_tokens, "whole_rows", False):
         kind = model.config.embedding.ngram.kind
         raise LabError(f"parallel.context: the n-gram kind '{kind}' needs whole rows; set parallel.context=1 or take another kind.")
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        if type(block).__module__.partition(".")[0] != "longcat_lab" and not block.serves_parts:
+            raise LabError(
+                f"parallel.context: {type(block).__name__} may look at positions that another process holds; set parallel.context=1, or "
+                "serves_parts = True in the class if it computes each position alone or goes through context.chunks."
+            )
     if any(module.reads_context for module in model.modules() if isinstance(module, Block)):
         raise LabError(f"parallel.context: the ffn kind '{model.config.ffn.kind}' needs whole rows; set parallel.context=1.")

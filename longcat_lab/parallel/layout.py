@@ -134,6 +134,9 @@ def _check_model(config: RunConfig, layout: Layout) -> None:
     _divides("parallel.tensor", layout.tensor, "model.attention.num_attention_heads", getattr(model.attention, "num_attention_heads", None))
     _divides("parallel.tensor", layout.tensor, "model.vocab_size", model.vocab_size)
     _divides("parallel.tensor", layout.tensor, "model.ffn.ffn_hidden_size", getattr(model.ffn, "ffn_hidden_size", None))
+    shared = model.moe.shared() if hasattr(model.moe, "shared") else None
+    width = shared.ffn_hidden_size if shared else None
+    _divides("parallel.tensor", layout.tensor, "model.moe.n_shared_experts x expert_ffn_hidden_size", width)
     stage = layout.data_shard * layout.context * layout.tensor
     _divides("parallel.expert", layout.expert, "data_shard x context x tensor", stage)
     _divides("parallel.expert", layout.expert, "model.moe.n_routed_experts", getattr(model.moe, "n_routed_experts", None))

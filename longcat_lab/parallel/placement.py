@@ -20,7 +20,7 @@ from longcat_lab.blocks.table import Table
 from longcat_lab.config import RunConfig
 from longcat_lab.model import LongcatLM, initialise
 from longcat_lab.model.initialise import Slice
-from longcat_lab.parallel import context, tensor
+from longcat_lab.parallel import context, fitting, tensor
 from longcat_lab.parallel.collectives import group_size, place_in
 from longcat_lab.parallel.embedding_op import shard_size
 from longcat_lab.parallel.experts import connect_experts, connect_table, sum_table_gradient
@@ -43,8 +43,7 @@ def build_part(config: RunConfig, world: World) -> LongcatLM:
     """This process's part of the model, before its data-parallel sharding."""
     with torch.no_grad(), WithoutMemory():
         model = LongcatLM(config.model)
-    if world.context is not None:
-        context.check(model)
+    fitting.check(model, world.layout)
     keep_stage(model, world)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     cut: dict[str, tuple[nn.Module, str, Any, int, Slice]] = {}  # by name: owner, own name, mesh (None: stays plain), dimension, slice

@@ -23,7 +23,6 @@ def keep_stage(model: LongcatLM, world: World) -> None:
     if world.layout.pipeline == 1:
         return
     first, end = world.layout.stages[world.at["pipeline"]]
-    check(model)
     model.stage = range(first, end)
     for index in range(len(model.layers)):
         if index not in model.stage:

@@ -20,6 +20,7 @@ from longcat_lab.blocks.loss_op import Vocabulary
 from longcat_lab.blocks.mla.module import MLA
 from longcat_lab.blocks.sparse_attention.module import SparseAttention
 from longcat_lab.blocks.swiglu.module import SwiGLU
+from longcat_lab.errors import LabError
 from longcat_lab.model import LongcatLM
 from longcat_lab.parallel.collectives import add_traffic, count_traffic, gathered, place_in, reduce_bytes, sum_forward, sum_in_backward
 from longcat_lab.parallel.locally import Weight, run_locally
@@ -37,6 +38,17 @@ def divided(model: LongcatLM) -> list[tuple[Weight, int]]:
     if isinstance(model.lm_head, nn.Linear):
         found.append(((model.lm_head, "weight"), 0))
     return found
+
+
+def check(model: LongcatLM, ways: int) -> None:
+    """Raises LabError where a width cannot be divided evenly over `ways` processes."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for (owner, name), dim in divided(model):
+        weight = owner._parameters[name]
+        if weight.shape[dim] % ways:
+            raise LabError(
+                f"parallel.tensor {ways} does not divide {weight.shape[dim]}, a width of {names[id(weight)]}: change one of them."
+            )
 
 
 def connect(model: LongcatLM, group: dist.ProcessGroup) -> None:

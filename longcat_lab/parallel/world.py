@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longcat_lab.config import RunConfig
 from longcat_lab.config.parallel import ParallelConfig
-from longcat_lab.errors import LabError
+from longcat_lab.errors import Diverged, LabError
 from longcat_lab.parallel import faults
 from longcat_lab.parallel.layout import Layout, make_layout
 
@@ -131,16 +131,16 @@ class World:
         """`action` on the first process, whose answer (plain data), or LabError, all then have."""
         if self.size == 1:
             return action()
-        answer, said = None, None
+        answer, said, diverged = None, None, False
         with others_wait():
             if self.first:
                 try:
                     answer = action()
                 except LabError as error:
-                    said = str(error)
-        answer, said = self.from_first((answer, said))
+                    said, diverged = str(error), isinstance(error, Diverged)
+        answer, said, diverged = self.from_first((answer, said, diverged))
         if said is not None:
-            raise LabError(said)
+            raise Diverged(said) if diverged else LabError(said)
         return answer
 
     def alike(self, what: str, value: str) -> None:
@@ -199,11 +199,13 @@ def start(config: ParallelConfig, backend: str) -> None:
     Raises:
         Unreachable: the others cannot be reached within parallel.timeout seconds.
     """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized():
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # also where it has started this one alone
         faults.end_with_parent()
         faults.end_slowly_when_asked()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
     wait = datetime.timedelta(seconds=config.timeout)
     try:
         dist.init_process_group(backend, timeout=wait, **_met(wait))

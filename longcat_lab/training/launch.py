@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +23,7 @@ from longcat_lab.config.yaml import write_yaml
 from longcat_lab.errors import Diverged, LabError
 from longcat_lab.files import read_json, sentence_of, write_whole
 from longcat_lab.parallel.faults import LOST, PARENT
-from longcat_lab.parallel.layout import make_layout
+from longcat_lab.parallel.fitting import check_config
 from longcat_lab.training import provenance, requests
 from longcat_lab.training.environment import environment_for
 from longcat_lab.training.fit import HELD, take
@@ -85,7 +86,7 @@ def check(config: RunConfig, nproc: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError("A launcher has started this process and others for the run: leave nproc out.")
     check_portable(config)
-    make_layout(config, nproc)
+    check_config(config, nproc)
     if provenance.code_hash.__wrapped__() != provenance.code_hash():  # the workers would train another run
         raise LabError("The code of longcat_lab has changed since this process imported it: start it anew, then train again.")
     for file, content in contents(config.plugins).items():
@@ -211,6 +212,10 @@ class _Workers:
     def conclude(self) -> None:
         """Raises LabError where they did not end well."""
         if not self.final and self.agent.wait() == 0:
+            record = read_json(self.folder / "run.json") or {}
+            passed = [record["passed_over"]] if "passed_over" in record else []
+            for said in (*record.get("left_out", []), *passed):  # the workers' own warnings are in the log
+                warnings.warn(said, stacklevel=4)
             return
         if not self.final:
             self.listener.join(GONE_IN)

@@ -36,11 +36,15 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Status, budget, final metrics, seconds, and which mechanisms did not engage, in one flat mapping."""
+        """Status, budget, final metrics, seconds, and which mechanisms did not engage, in one flat mapping.
+
+        Where there are any: `left_out`, what could not be measured, and `passed_over`, damaged checkpoints that were not gone on from.
+        """
         record = self.record
         return {
             "status": record.get("status"),
             "not_engaged": record.get("not_engaged", []),
+            **{key: record[key] for key in ("left_out", "passed_over") if key in record},
             **record.get("budget", {}),
             **record.get("final", {}),
             **record.get("timings", {}),

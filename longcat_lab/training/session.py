@@ -119,6 +119,8 @@ class Session:
         if restored is None:
             self.initial = {f"{key}_initial": value for key, value in entry_of(self.steps, self.corpus, self.config).items()}
             return
+        if restored.passed_over:
+            self.record.content["passed_over"] = restored.passed_over
         self.step, state = restored.step, restored.state
         self.seconds, self.window, self.initial = (state[key] for key in ("seconds", "window", "initial"))
         self.batches.load_state_dict(state["loader"])

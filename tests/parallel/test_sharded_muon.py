@@ -1,4 +1,5 @@
-"""Muon over four processes: the steps of one process to the bit, each matrix orthogonalised once, each momentum kept once."""
+"""Muon over four processes: the steps of one process to the bit, each matrix orthogonalised once, each momentum kept where
+its weight lies (what the tensor axis does not cut lies on all of its ranks)."""
 
 import torch
 import torch.distributed as dist

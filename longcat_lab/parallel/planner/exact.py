@@ -92,13 +92,21 @@ def predict_memory(config: RunConfig, layout: Layout, keeping: Keeping = CPU) ->
     shards are never the shorter ones. By the planner's own arithmetic, for a run of this library.
 
     Weights and gradients (FSDP2's padding included) and optimizer state are exact; activations and work are sums of tensors, with K_e
-    experts a token; tables are reckoned as AdamW trains them. Under `parallel.context` it is an estimate that no run was held against.
+    experts a token; tables are reckoned as AdamW trains them.
     Not in it: workspaces inside operators, the process itself (interpreter, libraries), buffers of the backend.
     `StageMemory.total` is what a step of several micro-batches comes to: with one, gradients come as activations go.
 
     Args:
         keeping: of the operators that run; `CPU` with fp32, `ACCELERATOR` with bf16.
+
+    Raises:
+        LabError: tables that another optimizer trains.
     """
+    kind = config.training.optimizer.table_optimizer
+    if getattr(config.model.embedding, "ngram", None) is not None and kind != "adamw":
+        raise LabError(
+            f"Memory is reckoned for tables that AdamW trains, and training.optimizer.table_optimizer is {kind}: set it to adamw."
+        )
     model = take_apart(config, config.data.sequence_length, keeping)
     degrees = {axis: getattr(layout, axis) for axis in (*DENSE, "expert", "embedding")}
     setup = Setup(

@@ -115,7 +115,8 @@ def parameter_bytes(part: Part, setup: Setup, keeping: Keeping = ACCELERATOR) ->
         gradients += FP32 * count
         state += optimizer * count / (ways * setup.data_replicate)
     narrow = BF16 if keeping.element == BF16 else 0
-    return weights, gradients, state, local_rows(part, setup) * (narrow + FP32 + ADAM)
+    counts = FP32 * len(part.tables) if setup.weights == "sharded" else 0
+    return weights, gradients, state, local_rows(part, setup) * (narrow + FP32 + ADAM) + counts
 
 
 def activation_bytes(model: Model, setup: Setup, held: Held, in_flight: float) -> float:

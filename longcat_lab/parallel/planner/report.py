@@ -23,6 +23,8 @@ FIXED = (
     "zero1's reduce-scatter and all-gather hide behind one micro-batch's arithmetic, FSDP2's behind its own stage's",
     "context: the gather hides behind half of the attention's arithmetic; every rank makes keys and values of all gathered tokens",
     "no stragglers, no failures, no checkpoints, no input that is waited for",
+    "longcat_lab itself runs GPipe and 1F1B, sharded weights, recompute none or full; other choices are of frameworks that have them "
+    "(--setting schedule=1f1b --setting weights=sharded --setting recompute=full plans what it runs)",
     "schedules: all stages and micro-batches take alike long; V schedules are played greedily within their limit of activations",
 )
 

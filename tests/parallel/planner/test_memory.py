@@ -55,8 +55,11 @@ def check(found, settings):
     for rank, held in enumerate(found):
         predicted = stages[rank // layout.stage_size]
         if rank % layout.stage_size == 0:
-            assert (predicted.weights, predicted.gradients, predicted.state) == (held["weights"], held["gradients"], held["state"])
-        assert held["state"] <= predicted.state and held["weights"] <= predicted.weights  # padding lies on the last ones
+            each = predicted.tables // 16  # of a weight of four bytes: it, its gradient, two moments; and step counts
+            own = predicted.weights + 4 * each, predicted.gradients + 4 * each, predicted.state + predicted.tables - 8 * each
+            assert own == (held["weights"], held["gradients"], held["state"])
+        if layout.embedding == 1:
+            assert held["state"] <= predicted.state and held["weights"] <= predicted.weights  # padding lies on the last ones
         assert predicted.total == pytest.approx(held["peak"], rel=0.1), rank
         if layout.pipeline == 1:  # in pipelines weights come and go between passes too
             made = predicted.activations + ends(config, layout)
@@ -99,6 +102,35 @@ def runs():
 @pytest.mark.parametrize("name", FOUR)
 def test_steps_of_four_processes(runs, name):
     check([found[name] for found in runs], (BATCH, *FOUR[name]))
+
+
+EIGHT = {
+    "pipeline, context, tensor, expert, embedding": (
+        *("parallel.pipeline=2", "parallel.context=2", "parallel.tensor=2", "parallel.expert=2", "parallel.embedding=4"),
+        *("model.embedding.ngram.order=3", "model.embedding.ngram.splits=2", "model.embedding.ngram.table_rows=101"),
+        "training.optimizer.table_optimizer=adamw",
+    ),
+    "context, data_replicate, expert": ("parallel.context=2", "parallel.data_replicate=2", "parallel.expert=2"),
+}
+
+
+def eight_of_them():
+    return {name: step_in_memory([*SIZES, BATCH, *settings]) for name, settings in EIGHT.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_steps_of_eight_processes():
+    runs = dist_run(eight_of_them, 8, deadline=600)
+    for name, settings in EIGHT.items():
+        check([found[name] for found in runs], (BATCH, *settings))
+
+
+def test_tables_of_another_optimizer_are_not_reckoned():
+    tables = ("model.embedding.ngram.order=3", "model.embedding.ngram.splits=2", "model.embedding.ngram.table_rows=101")
+    config = lab.load("tiny", *SIZES, *tables, "training.optimizer.table_optimizer=row_wise")
+    with pytest.raises(lab.LabError, match="table_optimizer is row_wise: set it to adamw"):
+        predict_memory(config, make_layout(config, 1))
 
 
 def test_live_bytes_are_those_of_storages():
