@@ -163,7 +163,7 @@ def main() -> int:
     arg = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arg.add_argument("--venv", type=Path, default=ROOT / ".venv")
     arg.add_argument("--lock", type=Path, default=ROOT / "constraints.txt")
-    arg.add_argument("--extras", default="notebook,dev", help="comma-separated extras of pyproject.toml")
+    arg.add_argument("--extras", default="notebook,dev,slurm", help="comma-separated extras of pyproject.toml")
     args = arg.parse_args()
     if sys.version_info < OLDEST:
         raise SetupError(f"longcat_lab needs Python {OLDEST[0]}.{OLDEST[1]} or newer, and this is {sys.version.split()[0]}.")

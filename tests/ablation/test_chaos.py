@@ -16,13 +16,14 @@ from longcat_lab.ablation import store
 from longcat_lab.files import read_json
 
 SEED = 20261122
-TROUBLE = 90.0  # seconds
+TROUBLE = 100.0  # seconds
+VICTIMS = ("driver", "warm", "job", "kernel", "kernel")
 QUESTION = """
 name: chaos
 question: Does anything that dies change a number?
 hypothesis: No.
 base: tiny
-set: {training.steps: 40, training.checkpoint_every: 4, training.log_every: 1, training.evaluation_sequences: 2}
+set: {training.steps: 120, training.checkpoint_every: 10, training.log_every: 1, training.evaluation_sequences: 2}
 baseline: two
 variants: {two: {}, one: {model.num_layers: 1}, three: {model.num_layers: 3}}
 seeds: [0, 1, 2, 3, 4, 5, 6, 7]
@@ -52,16 +53,31 @@ def concerned(*words):
     return found
 
 
-def killed(driving, folder, temporary, choose):
-    """Kills one process of the sweep at random; what it was."""
-    holders = [store.holder(job) for job in folder.glob("jobs/*/seed-*") if not store.is_free(job)]
+def until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def holders(folder):
+    return [store.holder(job) for job in folder.glob("jobs/*/seed-*") if not store.is_free(job)]
+
+
+def kernels(folder):
+    return [note["kernel"] for note in holders(folder) if "kernel" in note]
+
+
+def killed(driving, folder, choose, wanted):
+    """Kills the first of `wanted` that there is, one of several at random; what it was."""
     victims = {
         "driver": [driving.pid],
-        "job": [note["pid"] for note in holders if "pid" in note],
-        "kernel": [note["kernel"] for note in holders if "kernel" in note],
+        "job": [note["pid"] for note in holders(folder) if "pid" in note],
+        "kernel": kernels(folder),
         "warm": [p.pid for p in psutil.Process(driving.pid).children() if "longcat_lab.ablation.warm" in p.cmdline()],
     }
-    what = choose.choice([name for name, pids in victims.items() if pids])
+    what = next(name for name in wanted if victims[name])
+    wanted.remove(what)
     with contextlib.suppress(ProcessLookupError):
         os.kill(choose.choice(victims[what]), signal.SIGKILL)
     return what
@@ -89,15 +105,17 @@ def test_what_dies_at_random_changes_no_number_and_leaves_nothing(tmp_path):
     calm, folder, temporary = tmp_path / "calm", tmp_path / "sweep", tmp_path / "temporary"
     assert driver(question, calm, tmp_path / "other").wait() == 0, calm.with_suffix(".log").read_text()[-2000:]
 
-    choose, deaths = random.Random(SEED), []
+    choose, deaths, wanted = random.Random(SEED), [], []
     driving, end = driver(question, folder, temporary), time.monotonic() + TROUBLE
     while time.monotonic() < end:
+        until(lambda now=driving: now.poll() is not None or kernels(folder), 120)  # a driver needs a while before it has any
         with contextlib.suppress(subprocess.TimeoutExpired):
-            if driving.wait(choose.uniform(0.5, 8.0)) == 0:
+            if driving.wait(choose.uniform(0.2, 1.5)) == 0:
                 break  # all are done before the time is over
         if driving.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                deaths.append(killed(driving, folder, temporary, choose))
+                wanted += choose.sample(VICTIMS, len(VICTIMS)) if len(wanted) < len(VICTIMS) else []
+                deaths.append(killed(driving, folder, choose, wanted))
         if driving.poll() is not None:
             driving = driver(question, folder, temporary)
     for _ in range(5):  # jobs that were killed have failed; the next call runs them again
@@ -106,10 +124,10 @@ def test_what_dies_at_random_changes_no_number_and_leaves_nothing(tmp_path):
         driving = driver(question, folder, temporary)
     assert driving.wait() == 0, folder.with_suffix(".log").read_text()[-3000:]
 
-    assert len(deaths) >= 8 and {"driver", "kernel"} <= set(deaths), deaths
+    assert len(deaths) >= 6 and len(set(deaths)) >= 3, deaths
     undisturbed, disturbed = numbers(calm), numbers(folder)
     assert len(disturbed) == 24 and disturbed == undisturbed
-    assert all(metrics["step"] == list(range(1, 41)) for *_, metrics in disturbed.values())
+    assert all(metrics["step"] == list(range(1, 121)) for *_, metrics in disturbed.values())
     assert any((read_json(job / "run.json")["job"]["attempts"]) > 1 for job in folder.glob("jobs/*/seed-*"))
     assert files(folder) == files(calm)
     assert not concerned(str(folder), str(temporary))

@@ -74,23 +74,25 @@ def test_the_first_of_four_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_caller_is_killed_nobody_stays_and_two_go_on_where_four_were(tmp_path):
-    settings, folder = (60, "training.checkpoint_every=5"), tmp_path / "run"
-    text = LAUNCHES.format(config=settings, folder=str(folder), nproc=4)
+@pytest.mark.parametrize("nproc", [1, 4])
+def test_the_caller_is_killed_nobody_stays_and_two_go_on(tmp_path, nproc):
+    steps = 400 if nproc == 1 else 60  # that it does not end by itself
+    settings, folder = (steps, "training.checkpoint_every=5"), tmp_path / "run"
+    text = LAUNCHES.format(config=settings, folder=str(folder), nproc=nproc)
     caller = subprocess.Popen([sys.executable, "-c", text], env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])})
     try:
         until(lambda: len(rows(folder)) >= 7 and checkpoints(folder))
-        assert len(workers(folder)) == 4
+        assert len(workers(folder)) == nproc
     finally:
         caller.kill()
         caller.wait()
     until(lambda: not everybody(folder) and not is_training(folder), 30)
-    assert read_json(folder / "run.json")["status"] == "running" and len(rows(folder)) < 60
+    assert read_json(folder / "run.json")["status"] == "running" and len(rows(folder)) < steps
     run = lab.fit(config_of(*settings), folder, nproc=2, progress=False)
     assert run.record["layout"] == "2 processes: data_shard 2"
     alone = lab.fit(config_of(*settings), tmp_path / "alone", progress=False)
-    assert run.metrics["step"].tolist() == list(range(1, 61))
-    assert run.metrics["loss"].tolist() == pytest.approx(alone.metrics["loss"].tolist(), rel=LAST)
+    assert run.metrics["step"].tolist() == list(range(1, steps + 1))
+    assert run.metrics["loss"].tolist()[:60] == pytest.approx(alone.metrics["loss"].tolist()[:60], rel=LAST)
 
 
 @pytest.mark.slow
