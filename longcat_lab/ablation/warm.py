@@ -125,7 +125,7 @@ class Warm:
     def fits(self) -> bool:
         """Whether it lives, and its library is the one on the disk."""
         self._listen()
-        return self.ours.fileno() >= 0 and self.process.poll() is None and self.sources == sources()
+        return self.process.poll() is None and self.ours.fileno() >= 0 and self.sources == sources()
 
     def submit(self, folder: Path, log: Path, environment: dict[str, str]) -> Forked:
         self.count += 1

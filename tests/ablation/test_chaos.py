@@ -24,8 +24,8 @@ question: Does anything that dies change a number?
 hypothesis: No.
 base: tiny
 set: {training.steps: 120, training.checkpoint_every: 10, training.log_every: 1, training.evaluation_sequences: 2}
-baseline: two
-variants: {two: {}, one: {model.num_layers: 1}, three: {model.num_layers: 3}}
+baseline: one
+variants: {one: {}, two: {model.num_layers: 2}, three: {model.num_layers: 3}}
 seeds: [0, 1, 2, 3, 4, 5, 6, 7]
 smallest_effect: 0.1
 """
@@ -68,13 +68,18 @@ def kernels(folder):
     return [note["kernel"] for note in holders(folder) if "kernel" in note]
 
 
+def is_warm(process):
+    with contextlib.suppress(psutil.Error):  # a zombie has no command
+        return "longcat_lab.ablation.warm" in process.cmdline()
+
+
 def killed(driving, folder, choose, wanted):
     """Kills the first of `wanted` that there is, one of several at random; what it was."""
     victims = {
         "driver": [driving.pid],
         "job": [note["pid"] for note in holders(folder) if "pid" in note],
         "kernel": kernels(folder),
-        "warm": [p.pid for p in psutil.Process(driving.pid).children() if "longcat_lab.ablation.warm" in p.cmdline()],
+        "warm": [process.pid for process in psutil.Process(driving.pid).children() if is_warm(process)],
     }
     what = next(name for name in wanted if victims[name])
     wanted.remove(what)
@@ -89,8 +94,13 @@ def numbers(folder):
     for job in sorted(folder.glob("jobs/*/seed-*")):
         run = read_json(job / "run.json")
         metrics = pd.read_parquet(job / "metrics.parquet").drop(columns=list(TIMED))
-        found[f"{job.parent.name}/{job.name}"] = run["status"], run["identity"], run["final"], metrics.to_dict("list")
+        found[f"{job.parent.name}/{job.name}"] = run["status"], run["identity"], run["final"], plain(metrics)
     return found
+
+
+def plain(metrics):
+    """Lists of numbers, also where a cell is an array, for comparison to the bit."""
+    return {name: [value.tolist() if hasattr(value, "tolist") else value for value in metrics[name]] for name in metrics}
 
 
 def files(folder):
@@ -102,8 +112,9 @@ def files(folder):
 def test_what_dies_at_random_changes_no_number_and_leaves_nothing(tmp_path):
     question = tmp_path / "chaos.yaml"
     question.write_text(QUESTION)
-    calm, folder, temporary = tmp_path / "calm", tmp_path / "sweep", tmp_path / "temporary"
-    assert driver(question, calm, tmp_path / "other").wait() == 0, calm.with_suffix(".log").read_text()[-2000:]
+    calm, folder = tmp_path / "calm", tmp_path / "sweep"
+    other, temporary = tmp_path / "other", tmp_path / "temporary"
+    assert driver(question, calm, other).wait() == 0, calm.with_suffix(".log").read_text()[-2000:]
 
     choose, deaths, wanted = random.Random(SEED), [], []
     driving, end = driver(question, folder, temporary), time.monotonic() + TROUBLE
@@ -124,11 +135,11 @@ def test_what_dies_at_random_changes_no_number_and_leaves_nothing(tmp_path):
         driving = driver(question, folder, temporary)
     assert driving.wait() == 0, folder.with_suffix(".log").read_text()[-3000:]
 
-    assert len(deaths) >= 6 and len(set(deaths)) >= 3, deaths
+    assert len(deaths) >= 8 and len(set(deaths)) >= 3, deaths
     undisturbed, disturbed = numbers(calm), numbers(folder)
-    assert len(disturbed) == 24 and disturbed == undisturbed
+    assert len(disturbed) == 24 and repr(disturbed) == repr(undisturbed)  # not a number is itself here
     assert all(metrics["step"] == list(range(1, 121)) for *_, metrics in disturbed.values())
     assert any((read_json(job / "run.json")["job"]["attempts"]) > 1 for job in folder.glob("jobs/*/seed-*"))
     assert files(folder) == files(calm)
     assert not concerned(str(folder), str(temporary))
-    assert not list(temporary.iterdir())
+    assert sorted(path.name for path in temporary.iterdir()) == sorted(path.name for path in other.iterdir())  # torch's cache
