@@ -68,7 +68,8 @@ def test_a_killed_worker_is_started_again_and_no_sample_is_lost_or_repeated(tmp_
 
 @pytest.mark.slow
 def test_the_first_of_four_is_killed(tmp_path):
-    settings = (60, "training.checkpoint_every=5", "parallel.tensor=2", "parallel.embedding=2")
+    tables = ("model.embedding.ngram.order=3", "model.embedding.ngram.splits=2", "model.embedding.ngram.table_rows=101")
+    settings = (60, "training.checkpoint_every=5", "parallel.tensor=2", "parallel.embedding=2", *tables)
     run = killed(config_of(*settings), tmp_path / "run", 4, rank=0, steps=7)
     same_bits(run.metrics, dist_run(trained_at_once, 4, settings, tmp_path / "whole", timeout=120)[0])
 
