@@ -33,14 +33,7 @@ class LabError(Exception):
 
 
 class Diverged(LabError):
-    """The loss of a run is no number any more, or has stayed far above where it began. That is a result: the run is over.
-
-    `reason` says it in a table, as in `diverged at step 120: loss nan`.
-    """
-
-    def __init__(self, sentence: str, reason: str = "") -> None:
-        super().__init__(sentence)
-        self.reason = reason or sentence
+    """The loss of a run is no number any more, or has stayed far above where it began. That is a result: the run is over."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
