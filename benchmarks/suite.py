@@ -15,7 +15,7 @@ from benchmarks.indexing import indexing
 from benchmarks.mixture import mixture, unused_experts
 from benchmarks.ngram import ngram_addresses, ngram_fusion, ngram_step, table_optimizers
 from benchmarks.sparse_core import sparse_core
-from benchmarks.sweeps import many_jobs, sweep_jobs
+from benchmarks.sweeps import many_jobs, sweep_jobs, sweep_overhead
 from benchmarks.training_step import training_step
 from longcat_lab.blocks.moe import experts_op
 from longcat_lab.blocks.moe.router_op import route_reference
@@ -92,7 +92,7 @@ SUITE = {
     function.__name__: function
     for function in (
         *(experts, zero_experts, mixture, unused_experts, expert_overlap, attention, indexing, sparse_core, training_step),
-        *(sweep_jobs, many_jobs),
+        *(sweep_jobs, sweep_overhead, many_jobs),
         *(ngram_addresses, ngram_fusion, ngram_step, table_optimizers, small_ops),
     )
 }

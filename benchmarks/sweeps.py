@@ -1,10 +1,12 @@
-"""What a sweep costs beside its jobs: processor time of a job that is a fork against one that starts from nothing, and how busy two
-cores are with many short jobs."""
+"""What a sweep costs beside its jobs: processor time of a job that is a fork against one that starts from nothing, what driver and
+papermill take while a job trains, and how busy two cores are with many short jobs."""
 
 from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -16,7 +18,8 @@ import psutil
 from rich.console import Console
 
 from benchmarks.harness import Row, row_of
-from longcat_lab.ablation import run
+from longcat_lab.ablation import run, store
+from longcat_lab.files import read_json
 
 QUESTION = {
     "name": "sweep",
@@ -29,6 +32,7 @@ QUESTION = {
     "smallest_effect": 0.1,
 }
 JOBS, ROUNDS, MANY = 6, 3, 200
+TRAINS = {"base": "nano", "set": {"training.steps": 40, "training.evaluation_sequences": 2}}
 SPINS = """
 import json, time
 from pathlib import Path
@@ -67,6 +71,41 @@ def sweep_jobs() -> Iterator[Row]:
             for _ in range(ROUNDS)
         ]
     yield row_of("sweep_jobs/real", "forks", "from nothing", pairs, "ms")
+
+
+def _spent(processes: list[psutil.Process]) -> float:
+    """Seconds of processor time of these processes until now, without what they started."""
+    times = [process.cpu_times() for process in processes]
+    return sum(each.user + each.system for each in times)
+
+
+def sweep_overhead() -> Iterator[Row]:
+    """Processor time of driver, papermill and the process that forks, against that of the kernel, from a job's first step to its end."""
+    pairs = []
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as folder:
+            question, out = Path(folder) / "trains.yaml", Path(folder) / "out"
+            question.write_text(json.dumps({**QUESTION, **TRAINS, "seeds": [0]}))
+            driver = subprocess.Popen(
+                [sys.executable, "-m", "longcat_lab", "run", str(question), "--out", str(out), "--jobs", "1"], stdout=subprocess.DEVNULL
+            )
+            job = store.job_folder(out, "a", 0)
+            while not (read_json(job / "progress.json") or {}).get("step"):
+                time.sleep(0.05)
+            holder = store.holder(job)
+            kernel = [psutil.Process(holder["kernel"])]
+            beside = [psutil.Process(holder["pid"]), *psutil.Process(holder["pid"]).parents()]
+            beside = beside[: 1 + next(n for n, process in enumerate(beside) if process.pid == driver.pid)]
+            before = after = _spent(beside), _spent(kernel)
+            while driver.poll() is None:
+                try:
+                    after = _spent(beside), _spent(kernel)
+                except psutil.Error:  # the kernel has ended
+                    break
+                time.sleep(0.1)
+            driver.wait()
+        pairs.append((1e3 * (after[0] - before[0]), 1e3 * (after[1] - before[1])))
+    yield row_of("sweep_overhead/training", "driver and papermill", "kernel", pairs, "ms")
 
 
 def many_jobs() -> Iterator[Row]:

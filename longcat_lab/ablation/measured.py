@@ -35,19 +35,21 @@ SAYS = "measured: "
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one configuration, in one process.
+    """Seconds of one configuration.
 
     Attributes:
         setup: from the start of the process to the first step: imports, data, model.
         steps: of each measured optimizer step.
         evaluation: of all that a job evaluates at its end.
-        peak_memory: bytes, None where it is not known.
+        peak_memory: bytes of a process, None where it is not known.
+        imports: the part of `setup` that a fork of a process which has imported everything does not have.
     """
 
     setup: float
     steps: tuple[float, ...]
     evaluation: float
     peak_memory: int | None = None
+    imports: float = 0.0
 
     @property
     def step(self) -> float:
@@ -58,13 +60,14 @@ class Measured:
         """Distance from the fastest to the slowest measured step, over the median."""
         return (max(self.steps) - min(self.steps)) / self.step
 
-    def job(self, steps: int) -> float:
+    def job(self, steps: int, forked: bool = False) -> float:
         """Seconds of a whole job of so many steps."""
-        return self.setup + steps * self.step + self.evaluation
+        return self.setup - forked * self.imports + steps * self.step + self.evaluation
 
 
-def measure(config: Any, threads: int, steps: int = MEASURED) -> Measured:
-    """Runs a few steps of `config` with the threads of a job. Nothing else should run meanwhile.
+def measure(config: Any, threads: int, processes: int = 1, steps: int = MEASURED) -> Measured:
+    """Runs a few steps of `config` with the threads and processes of a job. Nothing else should run meanwhile. Many processes stop before
+    they evaluate.
 
     Raises:
         LabError: it cannot be trained here, with the sentence of the process that tried.
@@ -72,7 +75,13 @@ def measure(config: Any, threads: int, steps: int = MEASURED) -> Measured:
     from longcat_lab.training.environment import environment_for
 
     with tempfile.TemporaryDirectory(prefix="longcat-lab-measured-") as place:
-        asked = {"config": config.to_dict(), "folder": str(Path(place) / "run"), "steps": steps, "began": time.time()}
+        asked = {
+            "config": config.to_dict(),
+            "folder": str(Path(place) / "run"),
+            "steps": steps,
+            "processes": processes,
+            "began": time.time(),
+        }
         done = subprocess.run(
             [sys.executable, "-m", __name__], input=json.dumps(asked), capture_output=True, text=True, env=environment_for(threads)
         )
@@ -81,7 +90,7 @@ def measure(config: Any, threads: int, steps: int = MEASURED) -> Measured:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise LabError(f"Its steps cannot be measured here: {lines[-1]}")
     found = json.loads(told)
-    return Measured(found["setup"], tuple(found["steps"]), found["evaluation"], found["peak_memory"])
+    return Measured(**{**found, "steps": tuple(found["steps"])})
 
 
 def _main() -> None:
@@ -92,7 +101,11 @@ def _main() -> None:
     from longcat_lab.training.evaluation import evaluate_all
 
     asked = json.load(sys.stdin)
+    imports = time.time() - asked["began"]
     quiet = {"tracking.wandb": "off", "training.keep_model": False, "training.checkpoint_every": 10**9}
+    if asked["processes"] > 1:
+        config = apply(load(asked["config"]), {**quiet, "training.log_every": 1})
+        return _tell(**_together(config, Path(asked["folder"]), asked["steps"], asked["processes"], asked["began"]))
     config, ends = apply(load(asked["config"]), quiet), [time.time()]
 
     def enough() -> bool:
@@ -112,8 +125,29 @@ def _main() -> None:
         evaluation_arms.evaluate_arms(model, corpus, config)
         evaluation = time.perf_counter() - began
     first = (ends[1] - statistics.median(seconds)) if len(ends) > 1 else time.time() - evaluation - timings["training_seconds"]
-    told = {"setup": first - asked["began"], "steps": seconds, "evaluation": evaluation, "peak_memory": timings.get("peak_memory_bytes")}
-    print(f"{SAYS}{json.dumps(told)}", flush=True)
+    peak = timings.get("peak_memory_bytes")
+    _tell(setup=first - asked["began"], steps=seconds, evaluation=evaluation, peak_memory=peak, imports=imports)
+
+
+def _together(config: Any, folder: Path, steps: int, processes: int, began: float) -> dict[str, Any]:
+    """What processes take that train together; they are stopped after so many steps, of which the first one does not count."""
+    from longcat_lab.training import fit
+
+    lines = folder / "metrics.jsonl"
+
+    def enough() -> bool:
+        return lines.is_file() and lines.read_bytes().count(b"\n") > steps
+
+    run = fit(config, folder, nproc=processes, progress=False, stop=enough)
+    timings, ends = run.record["timings"], [0.0, *run.metrics["seconds"]]
+    spent = [b - a for a, b in itertools.pairwise(ends)]
+    evaluation = timings.get("evaluation_seconds", 0.0)
+    setup = time.time() - began - timings["training_seconds"] - evaluation
+    return {"setup": setup, "steps": spent[1:] or spent, "evaluation": evaluation, "peak_memory": timings.get("peak_memory_bytes")}
+
+
+def _tell(**found: Any) -> None:
+    print(f"{SAYS}{json.dumps(found)}", flush=True)
 
 
 # ---- time held equal
@@ -151,7 +185,7 @@ def clocks(ablation: Ablation, rooms: Rooms, threads: int, before: dict[str, Any
         say(f"{name}: measuring some steps")
         try:
             rooms.prepare(config, lambda *said: None)
-            return rooms.measure(config, threads)
+            return rooms.measure(config, threads, ablation.resources.together)
         except LabError as error:
             raise LabError(f"{ablation.at('variants', name)}Variant '{name}': {error}") from None
 

@@ -56,13 +56,14 @@ def forecast(
     overrides: Iterable[str] = (),
     *,
     measure: bool = True,
+    executor: str | executors.Executor = "local",
     rooms: Rooms | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Forecast:
     """What `run` with the same arguments would do. Starts no job and writes nothing in the sweep's folder.
 
     Args:
-        measure: run a few steps of each variant to know the cost.
+        measure: run a few steps of each variant to know the cost; here, wherever the jobs will run.
         say: told what is being measured.
 
     Raises:
@@ -75,15 +76,19 @@ def forecast(
     notebook = job_plan.find_notebook(a, ablation_path)
     folder = Path(out) if out is not None else Path("runs") / a.name
     store.check_folder(folder, a.name)
-    engine = executors.make("local", a.resources, jobs, folder, rooms)
-    threads, slots = int(getattr(engine, "threads", 1)), int(getattr(engine, "slots", 1))
-    a = sweep.before(a, folder, rooms, jobs, say, measure)
+    engine = executors.make(executor, a.resources, jobs, folder, rooms)
+    threads, slots = sweep.threads(a, jobs, folder, rooms, engine), int(getattr(engine, "slots", jobs or 1))
+    a = sweep.before(a, folder, rooms, jobs, say, measure, engine)
     solution = match.solve(a, rooms)
     evaluated.check(a, solution, rooms)
+    job_plan.check_processes(a, solution, notebook, rooms)
     head, status, tuned = _jobs_of(a, solution, folder, notebook, rooms)
     todo = {cell: each for cell, each in status.items() if each not in DONE}
     known = _measured(a, solution, rooms, threads, say) if measure and (todo or tuned) else {}
-    costs = _cost(a, solution, known, todo, tuned, slots, threads)
+    slots = max(1, min(slots, len(todo) + sum(tuned.values())))
+    costs = _cost(a, solution, known, todo, tuned, slots, threads, getattr(engine, "forks", False))
+    if executor != "local" and (known or a.measured):
+        costs["lines"].append("Steps were measured on this machine: where the jobs run they may take another time.")
     told, found = seeds.told(a, folder)
     lines = (*head, "", *_matching(a, solution, known), "", *costs.pop("lines"), "", *told)
     return Forecast(a, solution, status, known, slots, **costs, **found, lines=lines)
@@ -188,7 +193,7 @@ def _measured(a: Ablation, solution: Solution, rooms: Rooms, threads: int, say: 
         if mark not in by_mark:
             say(f"{name}: measuring some steps")
             try:
-                by_mark[mark] = rooms.measure(config, threads)
+                by_mark[mark] = rooms.measure(config, threads, a.resources.together)
             except LabError as error:
                 raise LabError(f"{a.at('variants', name)}Variant '{name}': {error}") from None
         found[name] = by_mark[mark]
@@ -203,6 +208,7 @@ def _cost(
     tuned: dict[str, int],
     slots: int,
     threads: int,
+    forked: bool,
 ) -> dict[str, Any]:
     if not known:
         why = "every job is done" if not todo and not sum(tuned.values()) else "nothing was measured"
@@ -212,22 +218,29 @@ def _cost(
     for name, each in known.items():
         span_of = f"{min(each.steps):.3g} to {max(each.steps):.3g}"
         memory = "" if each.peak_memory is None else f"{each.peak_memory / 1e6:,.0f} MB"
-        job = span(each.job(steps[name]))
+        job = span(each.job(steps[name], forked))
         rows.append([name, f"{steps[name]}", f"{each.step:.3g}", span_of, f"{each.setup:.1f}", f"{each.evaluation:.1f}", job, memory])
     count = {len(each.steps) for each in known.values()}
     how_many = f"{min(count)}" if len(count) == 1 else f"{min(count)} to {max(count)}"
-    lines = [f"Cost, from {how_many} measured steps of each variant, one at a time, {_many(threads, 'thread')} each:"]
+    together = a.resources.together
+    size = f"{_many(threads, 'thread')} each" if together == 1 else f"{together} processes and {_many(threads, 'thread')} each"
+    lines = [f"Cost, from {how_many} measured steps of each variant, one at a time, {size}:"]
     lines += _table(["variant", "steps", "s/step", "least to most", "set-up s", "evaluation s", "a job", "peak memory"], rows)
-    first = [known[name].job(a.tune.steps or steps[name]) for name, left in tuned.items() for _ in range(left)] if a.tune else []
-    then = [known[name].job(steps[name]) for name, _ in todo]
-    wall = _side_by_side(first, slots) + _side_by_side(then, slots)  # the tuning ends before the rest begins
-    seconds = sum(first) + sum(then)
+    first = [known[name].job(a.tune.steps or steps[name], forked) for name, left in tuned.items() for _ in range(left)] if a.tune else []
+    then = [known[name].job(steps[name], forked) for name, _ in todo]
+    shared = max(each.imports for each in known.values()) if forked else 0.0  # once, by the process of which the jobs are forks
+    wall = shared + _side_by_side(first, slots) + _side_by_side(then, slots)  # the tuning ends before the rest begins
+    seconds = shared + sum(first) + sum(then)
     hours = seconds * threads / 3600
     alone = "" if slots == 1 else f", if {slots} at a time run as fast as one alone"
     lines.append(
         f"All that is to do: {_many(len(first) + len(then), 'job')}, about {span(wall)} at --jobs {slots}, {hours:.2g} core-hours{alone}; "
         "the start of each job's notebook comes on top."
     )
+    if forked:
+        lines.append(f"Jobs are forks of one process: its imports ({shared:.1f} s of each set-up) count once.")
+    if together > 1:
+        lines.append("Processes that train together were stopped before they evaluate, which comes on top.")
     if any(setting(config, "training.growth") or setting(config, "training.conversion") for config in solution.configs.values()):
         lines.append("A variant changes while it trains (growth, conversion): its first steps alone were measured.")
     return {"lines": lines, "seconds": seconds, "wall": wall, "core_hours": hours}

@@ -86,10 +86,10 @@ def _check_layout(config: Any, processes: int) -> None:
     make_layout(config, processes)
 
 
-def _measure(config: Any, threads: int) -> Any:
+def _measure(config: Any, threads: int, processes: int) -> Any:
     from longcat_lab.ablation.measured import measure
 
-    return measure(config, threads)
+    return measure(config, threads, processes)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Rooms:
         check_evaluations: raises `LabError` where `training.evaluations` needs weights that are not trained.
         use_plugins: imports files of blocks of one's own, so that configurations can name their kinds.
         contents: path -> what was imported from it.
-        measure: configuration, threads -> what a few real steps of it took (`measured.Measured`).
+        measure: configuration, threads, processes -> what a few real steps of it took (`measured.Measured`).
         check_portable: raises `LabError` where a job's own process could not make the configuration.
         cards: what the environment calls the accelerator cards that this process may use.
         check_layout: raises `LabError` where so many processes cannot train the configuration together.
@@ -124,4 +124,4 @@ class Rooms:
     check_portable: Callable[[Any], None] = _check_portable
     cards: Callable[[], list[str]] = _cards
     check_layout: Callable[[Any, int], None] = _check_layout
-    measure: Callable[[Any, int], Any] = _measure
+    measure: Callable[[Any, int, int], Any] = _measure

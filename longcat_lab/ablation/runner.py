@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOOK = 0.1  # seconds between looks at the jobs
+LEAST, SHARE = 2.0, 20  # the table is written again after so many seconds, and after so many times what writing it took
+KEPT = ("status", "reason", "identity", "seconds", "not_engaged")  # of a row, while the sweep runs; a job's numbers stay in its folder
 
 
 def run(
@@ -34,7 +36,7 @@ def run(
     executor: str | executors.Executor = "local",
     rooms: Rooms | None = None,
     console: Console | None = None,
-    settled: Callable[[spec.Ablation, Path, Path], spec.Ablation] | None = None,
+    settled: Callable[[spec.Ablation, Path, Path, executors.Executor], spec.Ablation] | None = None,
 ) -> Path:
     """Run every job of an ablation that is not finished yet, and return the sweep's folder.
 
@@ -45,7 +47,7 @@ def run(
             where `resources` of the question allows no more.
         overrides: `key=value` for every variant, or `ablation.key=value` for the question.
         executor: where jobs run: a name (`executors`), or an executor.
-        settled: question, folder, notebook -> the question with what must be known before it is solved; see `sweep`.
+        settled: question, folder, notebook, executor -> the question with what must be known before it is solved; see `sweep`.
 
     Raises:
         LabError: the question cannot be run as it is (nothing was written), another process runs it, or the first job to finish has
@@ -59,13 +61,13 @@ def run(
     ablation = spec.read(ablation_path, overrides)
     notebook = job_plan.find_notebook(ablation, ablation_path)
     folder = Path(out) if out is not None else Path("runs") / ablation.name
+    store.check_folder(folder, ablation.name)
+    engine = executors.make(executor, ablation.resources, jobs, folder, rooms)
     if settled is not None:
-        store.check_folder(folder, ablation.name)
-        ablation = settled(ablation, folder, notebook)
+        ablation = settled(ablation, folder, notebook, engine)
     solution = match.solve(ablation, rooms)
     evaluated.check(ablation, solution, rooms)
     job_plan.check_processes(ablation, solution, notebook, rooms)
-    engine = executors.make(executor, ablation.resources, jobs, folder, rooms)
     again = shlex.join(["longcat-lab", "run", str(ablation_path), *(["--out", str(out)] if out is not None else []), *overrides])
 
     with held(folder, ablation.name):
@@ -95,8 +97,9 @@ class _Driver:
         self.todo: deque[Job] = deque()
         self.running: dict[Job, executors.Handle] = {}
         self.attempts: dict[Job, int] = {}  # before the one that runs
-        self.retried: dict[Job, int] = {}
+        self.retries = settle.Retries(ablation.resources)
         self.stops, self.written, self.measured = 0, False, False
+        self.stale, self.next_table = False, 0.0  # whether a job has ended since the table was written, and when it may be written again
         self.mistake: str | None = None  # in the question, seen only when a job has finished
 
     def drive(self) -> Path:
@@ -156,7 +159,8 @@ class _Driver:
         """What is there already, and what is to run; nothing is written yet."""
         for job in job_plan.plan(self.ablation, self.solution, self.folder, self.notebook, self.rooms):
             run = store.read_run(job.folder)
-            self.rows[job] = store.result_row(run, job.variant, job.seed, job.identity)
+            row = store.result_row(run, job.variant, job.seed, job.identity)
+            self.rows[job] = {key: row[key] for key in ("variant", "seed", *KEPT) if key in row}
             if self.rows[job]["status"] not in ends.SETTLED:
                 self.todo.append(job)
             self._show(job)
@@ -191,7 +195,8 @@ class _Driver:
             while (self.todo or self.running) and not self.stops and not self.mistake:
                 while self.todo and len(self.running) < self.slots:
                     self._start(self.todo.popleft())
-                if self._look():
+                self.stale |= self._look()
+                if self.stale and time.monotonic() > self.next_table:
                     self._write()
                 time.sleep(LOOK)
         finally:  # also when the disk is full
@@ -240,17 +245,15 @@ class _Driver:
 
     def _settle(self, job: Job, handle: executors.Handle, code: int) -> None:
         """Take over how a job ended, and whether it is tried again."""
-        stopping, asked = bool(self.stops or self.mistake), self.ablation.resources
+        stopping = bool(self.stops or self.mistake)
         row, kind = settle.settled(job, handle, code, self.attempts[job], stopping)
-        self.rows[job] |= row
+        self.rows[job] |= {key: row[key] for key in KEPT if key in row}
         if row["status"] == "finished" and not self.measured:
             self.measured = True
             final = (read_json(job.folder / "run.json") or {}).get("final") or {}
-            self.mistake = job_plan.unmeasured(self.ablation, job, {**self.rows[job], **final})
-        tried = self.retried.get(job, 0)
-        if row["status"] not in ends.SETTLED and not stopping and kind in asked.retry and tried < asked.retries:
-            self.retried[job] = tried + 1
-            self.display.say(f"{job.name}: {row['reason']}; it is tried again ({tried + 1} of {asked.retries}).")
+            self.mistake = job_plan.unmeasured(self.ablation, job, {**row, **final})
+        if row["status"] not in ends.SETTLED and not stopping and (said := self.retries.again(job, row["reason"], kind)):
+            self.display.say(said)
             self.todo.append(job)
         self._show(job)
 
@@ -276,7 +279,12 @@ class _Driver:
     # ---- what is said and written
 
     def _write(self) -> None:
-        store.write_results(self.folder, (each for job, row in self.rows.items() for each in evaluated.rows(row, job.arms)))
+        """The table as it is now. It reads the folders of all jobs that have ended, so it is not done at each end."""
+        began = time.monotonic()
+        whole = ((job, store.with_numbers(job.folder, row)) for job, row in self.rows.items())
+        store.write_results(self.folder, (each for job, row in whole for each in evaluated.rows(row, job.arms)))
+        now = time.monotonic()
+        self.stale, self.next_table = False, now + max(LEAST, SHARE * (now - began))
 
     def _show(self, job: Job) -> None:
         row, cell = self.rows[job], self.cells[job.variant, job.seed]

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from typing import Any
 
 from longcat_lab.ablation import ends, executors, store
 from longcat_lab.ablation.jobs import Job
+from longcat_lab.ablation.resources import Resources
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json
+
+LOST = 5  # times that a job goes on elsewhere because what had started it died, not the driver
+
+
+class Retries:
+    """How often each job was started again, and whether it is once more."""
+
+    def __init__(self, asked: Resources) -> None:
+        self._asked, self._count = asked, Counter[tuple[Job, bool]]()
+
+    def again(self, job: Job, reason: str, kind: str) -> str | None:
+        """What is said of a job that has ended as `kind` and is tried again; None where it is not.
+
+        A job that finds its parent gone while the driver asks was a fork of a process that was killed; that is no failure of its own.
+        """
+        lost = kind == ends.DRIVER
+        if not lost and kind not in self._asked.retry:
+            return None
+        most = LOST if lost else self._asked.retries
+        if self._count[job, lost] >= most:
+            return None
+        self._count[job, lost] += 1
+        if lost:
+            return f"{job.name}: the process that had started it is gone; it goes on in another one."
+        return f"{job.name}: {reason}; it is tried again ({self._count[job, lost]} of {most})."
 
 
 def settled(job: Job, handle: executors.Handle, code: int, attempts: int, stopping: bool) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""The folder of a sweep: where things are, how they are written so that nothing is ever half there, and who may write.
+"""The folder of a sweep: where things are, and how they are written so that nothing is ever half there; `lock` says who may write.
 
 FOLDER/ablation.yaml                      the resolved question
 FOLDER/jobs/VARIANT/seed-S/run.json       the truth about one job
@@ -9,12 +9,7 @@ FOLDER/plugins/NAME.py                    what jobs import; see `plugin_copies`
 
 from __future__ import annotations
 
-import fcntl
-import io
-import json
 import os
-import socket
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat_lab.ablation import evaluated, plugin_copies
+from longcat_lab.ablation.lock import LOCK, Lock, holder, is_free, said_holder
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_whole
 
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
     from longcat_lab.ablation.match import Solution
     from longcat_lab.ablation.spec import Ablation
 
-LOCK = ".lock"
 ENGINE = "engine.json"  # in a job's folder: where the queue that runs it knows it
 DONE = ("finished", "diverged", "failed", "interrupted")
 
@@ -127,77 +122,6 @@ def check_folder(folder: Path, name: str) -> None:
         raise LabError(f"{folder} holds the sweep '{other}', not '{name}'; choose another folder with --out.")
 
 
-# ---- who may write
-
-
-class Lock:
-    """An exclusive lock that ends with its process, whatever ends the process. Its file says who holds it."""
-
-    def __init__(self, file: io.FileIO, before: dict[str, Any]) -> None:
-        self._file, self.before = file, before
-
-    @classmethod
-    def take(cls, folder: Path, wait: float = 0.0) -> Lock | None:
-        """The lock of `folder` (made if missing), waiting up to `wait` seconds; None while another process holds it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (open as long as the lock is held)
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                if time.monotonic() >= deadline:
-                    file.close()
-                    return None
-                time.sleep(0.05)
-                continue
-            if not _is_at(file, folder / LOCK):  # its folder was removed meanwhile, or made anew
-                file.close()
-                return cls.take(folder, max(0.0, deadline - time.monotonic()))
-            lock = cls(file, holder(folder))
-            lock.note()
-            return lock
-
-    def note(self, **what: Any) -> None:
-        """Say who holds it, and more, for those who find it held or left behind."""
-        data = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **what}).encode()
-        self._file.truncate(0)
-        self._file.write(data)
-
-    def release(self) -> None:
-        self._file.close()
-
-
-def _is_at(file: io.FileIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def holder(folder: Path) -> dict[str, Any]:
-    """What the present or last holder of a folder's lock noted: pid, host, and for a job its kernel."""
-    return read_json(folder / LOCK) or {}
-
-
-def said_holder(folder: Path) -> str:
-    """`pid 123 on host`."""
-    note = holder(folder)
-    return f"pid {note.get('pid', '?')} on {note.get('host', '?')}"
-
-
-def is_free(folder: Path) -> bool:
-    """Whether no process holds the folder's lock."""
-    try:
-        with open(folder / LOCK, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
 # ---- results
 
 
@@ -212,6 +136,12 @@ def result_row(run: dict[str, Any] | None, variant: str, seed: int, identity: st
     row |= {"status": run.get("status", "planned"), "reason": run.get("reason") or "", "seconds": (run.get("job") or {}).get("seconds")}
     row["not_engaged"] = "; ".join(run.get("not_engaged") or [])
     return {**measures, **(run.get("budget") or {}), **row}
+
+
+def with_numbers(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """A row that says how the job in `folder` ended, with the totals and metrics of its run.json."""
+    run = read_run(folder) if row["status"] in DONE else None
+    return row if run is None else {**result_row(run, row["variant"], row["seed"], row["identity"]), **row}
 
 
 def write_results(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -295,3 +225,27 @@ def read_sweep(folder: str | Path) -> Sweep:
     ablation = read(folder / "ablation.yaml")
     plugin_copies.take_over(folder, ablation.copied, runs.values())
     return Sweep(folder, ablation, results, runs)
+
+
+__all__ = [
+    "DONE",
+    "ENGINE",
+    "LOCK",
+    "Lock",
+    "Sweep",
+    "attempts",
+    "check_folder",
+    "holder",
+    "is_free",
+    "job_folder",
+    "load_results",
+    "read_question",
+    "read_run",
+    "read_sweep",
+    "result_row",
+    "said_holder",
+    "stated",
+    "with_numbers",
+    "write_question",
+    "write_results",
+]

@@ -24,8 +24,8 @@ def run(
     """
     overrides, rooms = list(overrides), more.get("rooms") or Rooms()
 
-    def settled(ablation: Ablation, folder: Path, notebook: Path) -> Ablation:
-        ablation = before(ablation, folder, rooms, jobs, _say(more.get("console")))
+    def settled(ablation: Ablation, folder: Path, notebook: Path, engine: executors.Executor) -> Ablation:
+        ablation = before(ablation, folder, rooms, jobs, _say(more.get("console")), executor=engine)
         if ablation.tune is None:
             return ablation
         solution = match.solve(ablation, rooms)
@@ -44,7 +44,15 @@ def run(
     return folder
 
 
-def before(ablation: Ablation, folder: Path, rooms: Rooms, jobs: int | None, say: Callable[[str], None], measure: bool = True) -> Ablation:
+def before(
+    ablation: Ablation,
+    folder: Path,
+    rooms: Rooms,
+    jobs: int | None,
+    say: Callable[[str], None],
+    measure: bool = True,
+    executor: str | executors.Executor = "local",
+) -> Ablation:
     """The question with what a sweep knows before it begins: the noise floor and measured steps. What the folder has of these stays, so
     that going on solves nothing anew. Writes nothing.
 
@@ -54,7 +62,9 @@ def before(ablation: Ablation, folder: Path, rooms: Rooms, jobs: int | None, say
     there = asked(folder, ablation.name)
     update: dict[str, Any] = {"noise": there.get("noise") or {} if there else floor.known(folder, ablation)}
     if measure:
-        update["measured"] = measured.clocks(ablation, rooms, threads(ablation, jobs, folder, rooms), there.get("measured") or {}, say)
+        update["measured"] = measured.clocks(
+            ablation, rooms, threads(ablation, jobs, folder, rooms, executor), there.get("measured") or {}, say
+        )
     elif not ablation.measured:
         update["measured"] = there.get("measured") or {}
     return ablation.model_copy(update=update)
@@ -68,9 +78,10 @@ def asked(folder: Path, name: str) -> dict[str, Any]:
     return question if question.get("name") == name else {}
 
 
-def threads(ablation: Ablation, jobs: int | None, folder: Path, rooms: Rooms) -> int:
-    """Of a job of this sweep on this machine."""
-    return int(getattr(executors.make("local", ablation.resources, jobs, folder, rooms), "threads", 1))
+def threads(ablation: Ablation, jobs: int | None, folder: Path, rooms: Rooms, executor: str | executors.Executor = "local") -> int:
+    """Of a job of this sweep."""
+    engine = executors.make(executor, ablation.resources, jobs, folder, rooms)
+    return int(getattr(engine, "threads", ablation.resources.cores or 1))
 
 
 def _say(console: Any) -> Callable[[str], None]:

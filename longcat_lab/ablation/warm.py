@@ -160,6 +160,10 @@ class Warm:
             told["status"] = -signal.SIGKILL  # nobody is left who could say how it ended
         return told
 
+    def forget(self, number: int) -> None:
+        """Nobody will ask for this job any more."""
+        self.told.pop(number, None)
+
     def _listen(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while self.ours.fileno() >= 0:
@@ -183,24 +187,31 @@ class Forked:
 
     def __init__(self, warm: Warm, number: int) -> None:
         self.warm, self.number = warm, number
+        self.status: int | None = None
+        self._pid: int | None = None
 
     @property
     def pid(self) -> int | None:
         """It is waited for, which takes no time once `Warm` is ready; None where it came to none."""
-        return None if self.warm.cancel(self.number) else self._until("pid", "error", "status").get("pid")
+        deadline = time.monotonic() + PATIENCE
+        while self._pid is None and self.poll() is None and not self.warm.cancel(self.number) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self._pid
 
     def poll(self) -> int | None:
-        told = self.warm.ask(self.number)
-        return 1 if "error" in told else told.get("status")
+        if self.status is None:
+            told = self.warm.ask(self.number)
+            self._pid = told.get("pid")
+            self.status = 1 if "error" in told else told.get("status")
+        if self.status is not None:
+            self.warm.forget(self.number)
+        return self.status
 
     def wait(self) -> int:
-        return self._until("error", "status").get("status", 1)
-
-    def _until(self, *keys: str) -> dict[str, Any]:
         deadline = time.monotonic() + PATIENCE
-        while not any(key in (told := self.warm.ask(self.number)) for key in keys) and time.monotonic() < deadline:
+        while self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        return told
+        return 1 if self.status is None else self.status
 
 
 def sources() -> tuple[tuple[str, int, int], ...]:

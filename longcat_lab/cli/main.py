@@ -42,7 +42,8 @@ def run(
         def say(line: str) -> None:
             typer.echo(line, err=True)
 
-        for line in forecast(ablation, out=out, jobs=jobs, overrides=overrides or (), measure=measure, say=say).lines:
+        found = forecast(ablation, out=out, jobs=jobs, overrides=overrides or (), measure=measure, executor=executor, say=say)
+        for line in found.lines:
             typer.echo(line)
         return
     folder = run_ablation(ablation, out=out, jobs=jobs, overrides=overrides or (), executor=executor)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_rooms import PARAMETERS, write_notebook
 from scipy import stats
 from worded import ROOMS, finish, write
 
@@ -49,9 +50,12 @@ def test_a_plan_says_jobs_cost_matching_and_power(tmp_path: Path) -> None:
     found = forecast(path, tmp_path / "runs" / "demo", 2, rooms=ROOMS)
     assert len(found.status) == 12 and set(found.status.values()) == {"to do"}
     one = {name: ROOMS.measure(config, 1) for name, config in found.solution.configs.items()}
-    jobs = {name: 5.0 + 100 * each.step + 2.0 for name, each in one.items()}
-    assert found.seconds == pytest.approx(3 * sum(jobs.values())) and found.slots == 2
-    assert found.seconds / 2 <= found.wall <= found.seconds / 2 + max(jobs.values())
+    jobs = {name: (5.0 - 4.0) + 100 * each.step + 2.0 for name, each in one.items()}  # 4 s of imports, which forks do not have
+    assert found.seconds == pytest.approx(4.0 + 3 * sum(jobs.values())) and found.slots == 2
+    assert found.seconds / 2 <= found.wall <= found.seconds / 2 + max(jobs.values()) + 2.0
+    cold = forecast(path, tmp_path / "runs" / "demo", 2, ["ablation.resources.warm=false"], rooms=ROOMS)
+    assert cold.seconds == pytest.approx(3 * sum(each + 4.0 for each in jobs.values()))
+    assert "count once" in "".join(found.lines) and "count once" not in "".join(cold.lines)
     text = "\n".join(found.lines)
     assert (
         "4 variants × 3 seeds = 12 jobs: 0 done, 12 to do" in text
@@ -111,9 +115,37 @@ def test_real_steps_are_measured_in_a_process_of_their_own(tmp_path: Path, monke
     found = measure(load("tiny", "training.steps=50"), 1, steps=3)
     assert len(found.steps) == 3 and 0 < found.step < found.setup and found.evaluation > 0 and found.peak_memory > 10**6
     assert found.job(50) == pytest.approx(found.setup + 50 * found.step + found.evaluation)
+    assert 0 < found.imports < found.setup and found.job(50, forked=True) == pytest.approx(found.job(50) - found.imports)
     assert not list(tmp_path.iterdir())
     with pytest.raises(LabError, match=r"cannot be measured here: .*training\.device 'nosuch'"):
         measure(load("tiny", "training.device=nosuch"), 1)
+
+
+@pytest.mark.slow
+def test_steps_of_processes_that_train_together_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longcat_lab import load
+    from longcat_lab.ablation.measured import measure
+
+    monkeypatch.chdir(tmp_path)
+    found = measure(load("tiny", "training.steps=5000"), 1, processes=2, steps=3)
+    assert len(found.steps) >= 3 and 0 < found.step < found.setup and found.evaluation == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_jobs_of_a_cluster_are_not_held_to_what_this_machine_has(tmp_path: Path) -> None:
+    class Queue:
+        slots = 1000
+
+        def submit(self, job: Any) -> Any:
+            raise AssertionError("a plan starts nothing")
+
+    path = write(tmp_path, ARMS, claims=CLAIMS, resources={"cards": 8, "cores": 4096})
+    write_notebook(tmp_path / "job.ipynb", f"{PARAMETERS}\nprocesses = None")
+    with pytest.raises(LabError, match="cores asks for 4096, and this machine has"):
+        forecast(path, tmp_path / "out", rooms=ROOMS)
+    found = forecast(path, tmp_path / "out", executor=Queue(), rooms=ROOMS)
+    assert found.slots == len(found.status) and "8 processes and 4096 threads each" in "\n".join(found.lines)
+    assert found.lines.index("Steps were measured on this machine: where the jobs run they may take another time.")
 
 
 # ---- the noise floor

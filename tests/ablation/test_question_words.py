@@ -73,7 +73,7 @@ def test_words_that_cannot_be(more: dict[str, Any], sentence: str) -> None:
 
 def test_time_is_held_on_measured_steps_and_measured_once() -> None:
     count = []
-    rooms = dataclasses.replace(ROOMS, measure=lambda config, threads: count.append(threads) or ROOMS.measure(config, threads))
+    rooms = dataclasses.replace(ROOMS, measure=lambda config, threads, processes: count.append(threads) or ROOMS.measure(config, threads))
     a = question(set={"training.steps": 200}, match="wall_clock", free={"deep": "model.width", "many": "training.steps"})
     with pytest.raises(LabError, match="wall_clock of 'plain', but no steps of it have been measured: longcat-lab run measures them"):
         solve(a, rooms)

@@ -48,10 +48,10 @@ def apply(config: Worded, values: dict[str, Any]) -> Worded:
     return validate_node(Worded, data)
 
 
-def measure(config: Worded, threads: int) -> Measured:
+def measure(config: Worded, threads: int, processes: int = 1) -> Measured:
     """A machine on which a step takes a fixed part and one for each unit of width; the first step of three is slower."""
     step = 0.01 + 0.0002 * config.model.width * config.model.depth
-    return Measured(5.0, (1.1 * step, step, step), 2.0, 10**8)
+    return Measured(5.0, (1.1 * step, step, step), 2.0, 10**8, imports=4.0)
 
 
 ROOMS = Rooms(

@@ -100,22 +100,13 @@ def test_the_caller_is_killed_nobody_stays_and_two_go_on(tmp_path, nproc):
 @pytest.mark.timeout(600)
 def test_a_machine_that_does_not_come_back(tmp_path):
     """Two launchers with two workers each; one is killed with a signal that it cannot pass on."""
-    settings, folder = (
-        ["training.steps=400", "training.log_every=1", "training.evaluation_sequences=2", "training.checkpoint_every=5"],
-        tmp_path / "run",
-    )
+    steps = 1500  # more than two launchers take from their first steps until one of them is dead
+    settings = [f"training.steps={steps}", "training.log_every=1", "training.evaluation_sequences=2", "training.checkpoint_every=5"]
+    folder = tmp_path / "run"
     place = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3"]
-    command += [
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        place,
-        "--rdzv-id",
-        "shrinks",
-        "--rdzv-conf",
-        "join_timeout=120,last_call_timeout=5",
-    ]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "shrinks"]
+    command += ["--rdzv-conf", "join_timeout=120,last_call_timeout=5"]
     command += ["-m", "longcat_lab", "train", "tiny", *settings, "parallel.timeout=60", "--out", str(folder)]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(tmp_path / "said", "wb") as said:
@@ -123,7 +114,8 @@ def test_a_machine_that_does_not_come_back(tmp_path):
         try:
             until(lambda: workers(folder))  # it is the one that holds the store
             second = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-            until(lambda: len(workers(folder)) == 4 and len(rows(folder)) >= 7 and checkpoints(folder))
+            until(lambda: len(workers(folder)) == 4)
+            until(lambda: checkpoints(folder) and len(rows(folder)) >= 7)
             second.kill()
             second.wait()
             assert first.wait(400) == 0, (tmp_path / "said").read_text()[-3000:]
@@ -131,6 +123,6 @@ def test_a_machine_that_does_not_come_back(tmp_path):
             for process in everybody(folder):
                 process.kill()
     run = lab.Run(folder)
-    assert run.record["layout"] == "2 processes: data_shard 2" and run.metrics["step"].tolist() == list(range(1, 401))
-    alone = lab.fit(config_of(400, "training.checkpoint_every=5"), tmp_path / "alone", progress=False)
+    assert run.record["layout"] == "2 processes: data_shard 2" and run.metrics["step"].tolist() == list(range(1, steps + 1))
+    alone = lab.fit(config_of(steps), tmp_path / "alone", progress=False)
     assert run.metrics["loss"].tolist()[:60] == pytest.approx(alone.metrics["loss"].tolist()[:60], rel=LAST)

@@ -78,15 +78,15 @@ class LocalExecutor:
         folder = job.folder.resolve()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            process = self._warmed(job, shared).submit(folder, folder / LOG, environment) if self._forks else _cold(folder, environment)
+            process = self._warmed(job, shared).submit(folder, folder / LOG, environment) if self.forks else _cold(folder, environment)
         except OSError:
             self.free += taken
             raise
         return LocalHandle(self, job, process, taken)
 
     @property
-    def _forks(self) -> bool:
-        """A process that has opened a card must not be forked; importing torch opens NPUs."""
+    def forks(self) -> bool:
+        """Whether jobs are forks of one process. A process that has opened a card must not be forked; importing torch opens NPUs."""
         return self.resources.warm and hasattr(os, "fork") and importlib.util.find_spec("torch_npu") is None
 
     def _warmed(self, job: Job, environment: dict[str, str]) -> Warm:

@@ -99,6 +99,13 @@ def _limits(sweep: Sweep, said: Summary, configs: dict[str, dict[str, Any]]) -> 
         )
     except (KeyError, TypeError):  # a configuration of another kind, or none yet
         lines.append("One size, one budget, one kind of text: nothing here says what happens at another size.")
+    told: dict[str, list[str]] = {}
+    for (variant, seed), run in sorted(sweep.runs.items()):
+        for sentence in (*(run.get("left_out") or ()), *((run["passed_over"],) if run.get("passed_over") else ())):
+            told.setdefault(str(sentence), []).append(f"{variant}/seed-{seed}")
+    for sentence, jobs in told.items():
+        named = ", ".join(jobs[: begun.NAMED]) + (f" and {len(jobs) - begun.NAMED} more" if len(jobs) > begun.NAMED else "")
+        lines.append(f"{sentence.rstrip('.')} ({named}).")
     return lines
 
 
