@@ -1,8 +1,11 @@
-"""How a sweep can end other than well."""
+"""How a sweep can end other than well, and the command that goes on with it."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from longcat_lab.errors import LabError
 
@@ -21,3 +24,12 @@ class JobsFailed(LabError):
     def __init__(self, sentence: str, folder: Path) -> None:
         super().__init__(sentence)
         self.folder = folder
+
+
+def command(question: str | Path, out: str | Path | None, jobs: int | None, overrides: Sequence[str], executor: Any) -> str:
+    """What a person types to go on; an executor that is an object has no name there."""
+    words: list[str] = ["longcat-lab", "run", str(question)]
+    for option, value in (("--out", out), ("--jobs", jobs), ("--executor", executor)):
+        if isinstance(value, str | Path | int) and value != "local":
+            words += [option, str(value)]
+    return shlex.join([*words, *overrides])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from longcat_lab.ablation import ends, evaluated, executors, match, settle, spec
 from longcat_lab.ablation import jobs as job_plan
 from longcat_lab.ablation.hold import counted, held
 from longcat_lab.ablation.jobs import Job
-from longcat_lab.ablation.outcome import JobsFailed, LabInterrupted
+from longcat_lab.ablation.outcome import JobsFailed, LabInterrupted, command
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.table import Cell, Display, short_count
 from longcat_lab.errors import LabError
@@ -63,12 +62,14 @@ def run(
     folder = Path(out) if out is not None else Path("runs") / ablation.name
     store.check_folder(folder, ablation.name)
     engine = executors.make(executor, ablation.resources, jobs, folder, rooms)
-    if settled is not None:
-        ablation = settled(ablation, folder, notebook, engine)
+    again = command(ablation_path, out, jobs, overrides, executor)
+    try:
+        ablation = settled(ablation, folder, notebook, engine) if settled is not None else ablation
+    except LabInterrupted as stopped:
+        raise LabInterrupted(f"{stopped} Go on with: {again}", folder) from None
     solution = match.solve(ablation, rooms)
     evaluated.check(ablation, solution, rooms)
     job_plan.check_processes(ablation, solution, notebook, rooms)
-    again = shlex.join(["longcat-lab", "run", str(ablation_path), *(["--out", str(out)] if out is not None else []), *overrides])
 
     with held(folder, ablation.name):
         return _Driver(folder, ablation, solution, notebook, jobs, engine, rooms, console, again).drive()

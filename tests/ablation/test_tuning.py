@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 from worded import ROOMS, write
 
-from longcat_lab.ablation import forecast, load_results, read, read_sweep, run, solve, summary, tuning
+from longcat_lab.ablation import LabInterrupted, forecast, load_results, read, read_sweep, register_executor, run, solve, summary, tuning
+from longcat_lab.ablation.executors import EXECUTORS
 from longcat_lab.ablation.report import content
 from longcat_lab.errors import LabError
 
@@ -42,6 +43,27 @@ def test_the_tuning_is_a_question_of_its_own(tmp_path: Path) -> None:
     assert "on seeds 100, which are not the seeds here" in asked.tuned
     with pytest.raises(LabError, match="both have 1: what is chosen on a seed cannot be tested on it"):
         read(write(tmp_path, ARMS, tune={**TUNE, "seeds": [1]}, seeds=[0, 1, 2]))
+
+
+def test_stopped_while_tuning_says_how_to_go_on(tmp_path: Path) -> None:
+    class Interrupted:
+        slots = 1
+
+        def submit(self, job: Any) -> Any:
+            raise KeyboardInterrupt
+
+    register_executor("interrupted", lambda *asked: Interrupted())
+    path, home = write(tmp_path, ARMS, tune=TUNE), tmp_path / "runs" / "demo"
+    try:
+        with pytest.raises(LabInterrupted) as stopped:
+            run(path, home, 2, ["ablation.smallest_effect=0.2"], executor="interrupted", rooms=ROOMS, console=Console(file=io.StringIO()))
+    finally:
+        EXECUTORS.pop("interrupted")
+    assert str(stopped.value) == (
+        f"Stopped while tuning training.rate, before the question's own jobs ({home / 'tuning'}). Go on with: longcat-lab run {path} "
+        f"--out {home} --jobs 2 --executor interrupted ablation.smallest_effect=0.2"
+    )
+    assert stopped.value.folder == home
 
 
 def test_a_sweep_tunes_asks_controls_and_keeps_its_noise(tmp_path: Path) -> None:
