@@ -27,31 +27,18 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], started: C
         nbclient.exceptions.DeadKernelError: the kernel died.
     """
     import papermill
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.provisioning import LocalProvisioner
+
+    from longcat_lab.ablation.quick_kernel import Client, Forked, SameInterpreter
 
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else every kernel of Python 3.11 warns about frozen modules
-
-    class SameInterpreter(AsyncKernelManager):
-        # A kernel spec named python3 in somebody's home folder may point to any other environment.
-        kernel_spec = property(lambda self: KernelSpec(**get_kernel_dict()))
-
-    class Forked(LocalProvisioner):
-        async def launch_kernel(self, cmd: list[str], **settings: Any) -> Any:
-            self.process = spare.start(cmd, settings.get("cwd") or os.getcwd(), settings.get("env") or dict(os.environ))
-            self.pid = self.pgid = self.process.pid
-            return self.connection_info
-
     connection = output.with_name(CONNECTION)
     connection.unlink(missing_ok=True)  # of an attempt that was killed
     settings = {"connection_file": str(connection), "transport_encryption": "auto"}
     if sys.platform == "linux":  # sockets without files and without ports: kernels that start at once never ask for the same one
         settings |= {"transport": "ipc", "ip": f"@longcat_lab-{uuid.uuid4()}"}
-    manager = SameInterpreter(kernel_name="python3", **settings)
+    manager = SameInterpreter(kernel_name="python3", client_factory=Client, **settings)
     if spare is not None:
-        manager.provisioner = Forked(kernel_id=manager.kernel_id, kernel_spec=manager.kernel_spec, parent=manager)
+        manager.provisioner = Forked(spare, kernel_id=manager.kernel_id, kernel_spec=manager.kernel_spec, parent=manager)
     started(manager)
     try:
         papermill.execute_notebook(

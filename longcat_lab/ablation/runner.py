@@ -196,10 +196,11 @@ class _Driver:
             while (self.todo or self.running) and not self.stops and not self.mistake:
                 while self.todo and len(self.running) < self.slots:
                     self._start(self.todo.popleft())
-                self.stale |= self._look()
+                self.stale |= (ended := self._look())
                 if self.stale and time.monotonic() > self.next_table:
                     self._write()
-                time.sleep(LOOK)
+                if not ended:  # else the next one can start at once
+                    getattr(self.executor, "wait", time.sleep)(LOOK)
         finally:  # also when the disk is full
             self._stop_all()
 
@@ -284,8 +285,7 @@ class _Driver:
         began = time.monotonic()
         whole = ((job, store.with_numbers(job.folder, row)) for job, row in self.rows.items())
         store.write_results(self.folder, (each for job, row in whole for each in evaluated.rows(row, job.arms)))
-        now = time.monotonic()
-        self.stale, self.next_table = False, now + max(LEAST, SHARE * (now - began))
+        self.stale, self.next_table = False, time.monotonic() + max(LEAST, SHARE * (time.monotonic() - began))
 
     def _show(self, job: Job) -> None:
         row, cell = self.rows[job], self.cells[job.variant, job.seed]

@@ -27,7 +27,8 @@ from longcat_lab.ablation.forked import LARGEST, Spare, fork, kernel
 # What a job and its kernel import before they do anything of their own, and what a notebook of ours does.
 IMPORTED = (
     *("psutil", "nbclient", "jupyter_client", "papermill", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell"),
-    *("longcat_lab.ablation.job", "longcat_lab.ablation.kernel"),
+    *("ipykernel.debugger", "ipykernel.kernelspec", "IPython.core.completerlib", "IPython.core.oinspect", "IPython.extensions.storemagic"),
+    *("longcat_lab.ablation.job", "longcat_lab.ablation.kernel", "longcat_lab.ablation.quick_kernel", "longcat_lab.training.trackers"),
 )
 OURS = (
     *("matplotlib.figure", "pandas", "pyarrow.parquet", "torch", "torch._dynamo", "tqdm.auto"),
@@ -124,7 +125,7 @@ class Warm:
     @property
     def fits(self) -> bool:
         """Whether it lives, and its library is the one on the disk."""
-        self._listen()
+        self.listen()
         return self.process.poll() is None and self.ours.fileno() >= 0 and self.sources == sources()
 
     def submit(self, folder: Path, log: Path, environment: dict[str, str]) -> Forked:
@@ -136,7 +137,7 @@ class Warm:
 
     def cancel(self, number: int) -> bool:
         """Whether a job had not been asked for yet; it never will be."""
-        self._listen()
+        self.listen()
         if self.waiting.pop(number, None) is None:
             return False
         self.told[number]["status"] = -signal.SIGTERM
@@ -154,7 +155,7 @@ class Warm:
 
     def ask(self, number: int) -> dict[str, Any]:
         """What is known of a job: `pid`, then `status` or `error`."""
-        self._listen()
+        self.listen()
         told = self.told[number]
         if self.ours.fileno() < 0 and "status" not in told and not _lives(told.get("pid")):
             told["status"] = -signal.SIGKILL  # nobody is left who could say how it ended
@@ -164,7 +165,8 @@ class Warm:
         """Nobody will ask for this job any more."""
         self.told.pop(number, None)
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Take over what it has told."""
         with contextlib.suppress(BlockingIOError):
             while self.ours.fileno() >= 0:
                 try:
@@ -236,6 +238,11 @@ if __name__ == "__main__":
     for name in IMPORTED + (OURS if "ours" in sys.argv else ()):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        from nbformat.validator import get_validator
+
+        for minor in (4, 5):  # of the formats of notebooks: a validator is compiled once, which takes as long as a job's start
+            get_validator(4, minor)
     with contextlib.suppress(KeyboardInterrupt):
         serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)

@@ -41,7 +41,7 @@ class Executor(Protocol):
 
     Attributes that are used where there are any: `slots`, how many jobs it takes at a time (fewer are set where fewer are left to run);
     `patience`, the seconds that its jobs have to stop; `attempts`, job -> attempts that had begun before the one that it follows;
-    `close()`, called when nothing runs any more.
+    `wait(seconds)`, which returns before where a job may have ended; `close()`, called when nothing runs any more.
     """
 
     def submit(self, job: Job) -> Handle:

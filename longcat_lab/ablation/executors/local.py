@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from longcat_lab.ablation import store
@@ -95,6 +97,15 @@ class LocalExecutor:
             ours = "longcat_lab" in job.notebook.read_text(encoding="utf-8", errors="replace")
             self._warm.append(Warm(environment, ours))
         return self._warm[-1]
+
+    def wait(self, seconds: float) -> None:
+        """Until a process that forks has something to tell; at most so long."""
+        heard = [warm.ours for warm in self._warm if warm.ours.fileno() >= 0]
+        if not heard:
+            return time.sleep(seconds)
+        if select.select(heard, [], [], seconds)[0]:
+            for warm in self._warm:
+                warm.listen()
 
     def close(self) -> None:
         """Nothing is submitted any more; jobs that still run end."""
