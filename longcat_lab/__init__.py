@@ -7,6 +7,7 @@ lab.budget(cfg)
 run = lab.fit(cfg)
 """
 
+import longcat_lab.started  # noqa: F401 (before all that takes time: see there)
 from longcat_lab.blocks import Block, BlockConfig, Budget, kinds, register
 from longcat_lab.blocks.sparse_attention.selection import Selection
 from longcat_lab.budget import activated, budget

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from longcat_lab import started
 from longcat_lab.errors import LabError
 
 LOST = "Another process was lost"  # how the sentence begins that says no more than that; starting again may help
@@ -126,8 +127,11 @@ def _line(error: BaseException) -> str:
 
 
 def end_with_parent() -> None:
-    """From now on this process ends at once when the one that started it has ended: nobody else would ever stop it."""
-    parent = int(os.environ.pop(PARENT, os.getppid()))
+    """From now on this process ends at once when the one that started it has ended: nobody else would ever stop it. Also where that one
+    ended while this one was still importing; not where it ended before Python had begun.
+    """
+    own = started.PARENT if os.getpid() == started.PID else os.getppid()  # another one in a fork
+    parent = int(os.environ.pop(PARENT, own))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -100,7 +100,7 @@ def test_the_caller_is_killed_nobody_stays_and_two_go_on(tmp_path, nproc):
 @pytest.mark.timeout(600)
 def test_a_machine_that_does_not_come_back(tmp_path):
     """Two launchers with two workers each; one is killed with a signal that it cannot pass on."""
-    steps = 1500  # more than two launchers take from their first steps until one of them is dead
+    steps = 600  # more than two launchers take from their first steps until one of them is dead
     settings = [f"training.steps={steps}", "training.log_every=1", "training.evaluation_sequences=2", "training.checkpoint_every=5"]
     folder = tmp_path / "run"
     place = f"127.0.0.1:{free_port()}"
@@ -114,10 +114,13 @@ def test_a_machine_that_does_not_come_back(tmp_path):
         try:
             until(lambda: workers(folder))  # it is the one that holds the store
             second = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-            until(lambda: len(workers(folder)) == 4)
-            until(lambda: checkpoints(folder) and len(rows(folder)) >= 7)
+            until(lambda: (read_json(folder / "run.json") or {}).get("layout", "").startswith("4 processes"))
+            there = len(rows(folder))
+            until(lambda: len(rows(folder)) >= there + 7 and checkpoints(folder))
+            assert len(workers(folder)) == 4
             second.kill()
             second.wait()
+            until(lambda: len(workers(folder)) < 4, 60)  # its own workers end with it
             assert first.wait(400) == 0, (tmp_path / "said").read_text()[-3000:]
         finally:
             for process in everybody(folder):

@@ -9,15 +9,18 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import psutil
 import pytest
 
 import longcat_lab
 from longcat_lab.files import read_json
+from tests.parallel.launched import until
 from tests.parallel.processes import PRELOADED
 
 DEADLINE = 90  # seconds for all processes of a test; far below the 300 that a process waits for another one
@@ -175,3 +178,19 @@ def test_a_process_that_raises_in_the_middle_of_a_step(tmp_path):
     assert "Process 1 failed at step" in said[0][0] and "(ValueError: a rule that breaks)" in said[0][0]
     assert read_json(tmp_path / "run" / "run.json")["reason"] == said[0][0].removeprefix("longcat-lab: ")
     assert "in rank" in (tmp_path / "run" / "process-1.txt").read_text()
+
+
+def test_a_process_whose_launcher_died_while_it_imported_ends_too():
+    """The launcher dies after its process has begun, and before that one looks for it."""
+    child = "import longcat_lab, sys; print('begun', flush=True); sys.stdin.readline(); from longcat_lab.parallel import faults"
+    child += "; faults.end_with_parent(); print('there', flush=True); import time; time.sleep(600)"
+    launcher = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+    dies = subprocess.Popen([sys.executable, "-c", launcher], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert dies.stdout.readline() == "begun\n"
+    [process] = psutil.Process(dies.pid).children()
+    dies.kill()
+    dies.wait()
+    dies.stdin.write("\n")
+    dies.stdin.flush()
+    assert dies.stdout.read() in ("", "there\n"), "until it closes what it says that into, which is when it ends"
+    until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 30)
