@@ -4,6 +4,7 @@ papermill take while a job trains, and how busy two cores are with many short jo
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -32,7 +33,7 @@ QUESTION = {
     "smallest_effect": 0.1,
 }
 JOBS, ROUNDS, MANY = 6, 3, 200
-TRAINS = {"base": "nano", "set": {"training.steps": 40, "training.evaluation_sequences": 2}}
+TRAINS = {"base": "nano", "set": {"training.steps": 200, "training.evaluation_sequences": 2}}
 SPINS = """
 import json, time
 from pathlib import Path
@@ -80,14 +81,17 @@ def _spent(processes: list[psutil.Process]) -> float:
 
 
 def sweep_overhead() -> Iterator[Row]:
-    """Processor time of driver, papermill and the process that forks, against that of the kernel, from a job's first step to its end."""
+    """Processor time of driver with its table, papermill and the process that forks, in % of that of the kernel, from a job's first step
+    to its end."""
     pairs = []
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
             question, out = Path(folder) / "trains.yaml", Path(folder) / "out"
             question.write_text(json.dumps({**QUESTION, **TRAINS, "seeds": [0]}))
             driver = subprocess.Popen(
-                [sys.executable, "-m", "longcat_lab", "run", str(question), "--out", str(out), "--jobs", "1"], stdout=subprocess.DEVNULL
+                [sys.executable, "-m", "longcat_lab", "run", str(question), "--out", str(out), "--jobs", "1"],
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "150", "LINES": "50"},  # it draws its table
             )
             job = store.job_folder(out, "a", 0)
             while not (read_json(job / "progress.json") or {}).get("step"):
@@ -104,8 +108,8 @@ def sweep_overhead() -> Iterator[Row]:
                     break
                 time.sleep(0.1)
             driver.wait()
-        pairs.append((1e3 * (after[0] - before[0]), 1e3 * (after[1] - before[1])))
-    yield row_of("sweep_overhead/training", "driver and papermill", "kernel", pairs, "ms")
+        pairs.append((100 * (after[0] - before[0]) / (after[1] - before[1]), 100.0))
+    yield row_of("sweep_overhead/training", "driver and papermill", "kernel", pairs, "%")
 
 
 def many_jobs() -> Iterator[Row]:

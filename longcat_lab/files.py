@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,14 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):  # not to hide what went wrong before
             temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path, names: Iterable[str] = ("*",)) -> None:
+    """What `write_whole` left of files of these names (patterns) where its process was killed. Nobody may write them now."""
+    for name in names:
+        for path in folder.glob(f".{name}.*-*.tmp"):
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "longcat_lab"
 ROOMS = [
+    "started",
     "errors",
     "files",
     "node",

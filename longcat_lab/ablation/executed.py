@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longcat_lab.files import write_whole
+from longcat_lab.files import read_json, write_whole
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -19,6 +20,13 @@ ENDS = 5000  # characters that stay of a print's start, and of its end
 def digest(path: Path) -> str:
     """What tells one state of a notebook from another, wherever the folder is copied to."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def source(notebook: Path) -> str:
+    """What tells one state of a notebook from another by what its cells compute: outputs, text and metadata are no part of it."""
+    cells = (read_json(notebook) or {}).get("cells") or []
+    code = ["".join(cell.get("source") or "") for cell in cells if cell.get("cell_type") == "code"]
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
 
 def hold(path: Path, largest: int = LARGEST) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from longcat_lab.ablation import store
 from longcat_lab.errors import LabError
+from longcat_lab.files import remove_temporary
 
 
 @contextlib.contextmanager
@@ -30,6 +31,7 @@ def held(folder: Path, name: str) -> Iterator[None]:
         if lock is None:
             raise LabError(f"Another process ({store.said_holder(folder)}) is running the sweep in {folder}; wait for it or stop it.")
         store.check_folder(folder, name)  # somebody may have been quicker
+        remove_temporary(folder)
         yield
     except BaseException:
         if lock is not None and fresh and [entry.name for entry in folder.iterdir()] == [store.LOCK]:
@@ -45,11 +47,14 @@ def held(folder: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def counted(count: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM only call `count`, so that they never fall into the middle of writing."""
+    """Ctrl-C, SIGTERM and the end of the terminal only call `count`, so that they never fall into the middle of writing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: count()) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: count()) for number in numbers}
     try:
         yield
     finally:

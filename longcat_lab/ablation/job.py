@@ -22,7 +22,7 @@ from longcat_lab.ablation.ends import End
 from longcat_lab.ablation.resources import Resources
 from longcat_lab.ablation.watch import DRIVER, Watch
 from longcat_lab.errors import LabError
-from longcat_lab.files import read_json, write_json
+from longcat_lab.files import read_json, remove_temporary, write_json
 from longcat_lab.node import validate_node
 
 __all__ = ["BUSY", "DRIVER", "main", "one_line"]
@@ -124,11 +124,19 @@ def main(folder: Path) -> int:
         _say(f"{folder} is in use by another process: {store.holder(folder)}")
         return BUSY
     watch.lock = lock
+    if _is_settled(folder):
+        _say("It has finished already, for another process that was quicker.")
+        return 0
     try:
         return _execute(folder, watch, lock)
     except (LabError, OSError) as problem:  # from reading or writing what the job's folder says; errors of cells do not come here
         _say(str(problem))
         return ends.NO_ROOM if ends.of_exception(problem) == ends.DISK else 1
+
+
+def _is_settled(folder: Path) -> bool:
+    """Whether there is a result here that nothing is to replace: a job is never run twice, however often it was started."""
+    return not (folder / "planned.json").exists() and (read_json(folder / "run.json") or {}).get("status") in ends.SETTLED
 
 
 def _say(line: str) -> None:
@@ -142,6 +150,7 @@ def _execute(folder: Path, watch: Watch, lock: store.Lock) -> int:
 
     adopt_orphans()
     end_left_kernel(lock.before)
+    remove_temporary(folder)
     began, error, kills = time.monotonic(), None, ends.OutOfMemoryKills()
     run, asked = _begin(folder), _resources(folder)
     watch.record = lambda end: _record(folder, end, None, began)

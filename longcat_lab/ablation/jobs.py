@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import evaluated, plugin_copies, store
+from longcat_lab.ablation import evaluated, places, plugin_copies, store
 from longcat_lab.ablation.match import Solution
+from longcat_lab.ablation.quantities import setting
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.spec import Ablation
 from longcat_lab.errors import LabError
@@ -80,15 +81,16 @@ def cells(ablation: Ablation, solution: Solution, rooms: Rooms | None = None) ->
             except LabError as error:
                 raise LabError(f"{kind} '{name}': {error}") from None
     pairs = [(name, seed, config) for seed in ablation.seeds for name, config in solution.configs.items()]
-    return {(name, seed): rooms.apply(config, ablation.drawn(name, seed)) for name, seed, config in pairs}
+    return {(name, seed): rooms.apply(config, ablation.drawn(name, seed, setting(config, "data.seed"))) for name, seed, config in pairs}
 
 
 def plan(ablation: Ablation, solution: Solution, folder: Path, notebook: Path, rooms: Rooms | None = None) -> list[Job]:
     """Every job of the sweep. Their identities need the prepared data, which is made here if it is not there yet."""
     rooms = rooms or Rooms()
-    jobs = []
+    jobs: list[Job] = []
+    known: dict[str, Any] = {}
     for (variant, seed), config in cells(ablation, solution, rooms).items():
-        home, identity = store.job_folder(folder, variant, seed), rooms.identity(config)
+        home, identity = store.job_folder(folder, variant, seed), rooms.identity(config, known)
         arms = {name: solution.totals[name] for name in evaluated.arms_of(ablation, variant)}
         config = plugin_copies.moved(config, folder, solution.plugins)
         jobs.append(Job(ablation.name, variant, seed, config, identity, solution.totals[variant], home, notebook, arms))
@@ -117,19 +119,22 @@ def find_notebook(ablation: Ablation, question: str | Path | None = None) -> Pat
     """The notebook that runs one job: as given, or beside the question file, or in the repository.
 
     Raises:
-        LabError: it is in none of these places.
+        LabError: it is in none of these places, leads out of them, or is no notebook.
     """
-    repository = Path(__file__).resolve().parents[2]
-    if ablation.notebook is None:
-        places = [repository / "notebooks" / "run.ipynb"]
-    else:
-        beside = [Path(question).resolve().parent] if question is not None else []
-        places = [(root / ablation.notebook).resolve() for root in [Path.cwd(), *beside, repository]]
-    for place in places:
-        if place.is_file():
-            return place
+    name = ablation.notebook if ablation.notebook is not None else "notebooks/run.ipynb"
+    file = Path(question) if question is not None else None
+    folders = [Path.cwd(), *([file.resolve().parent] if file is not None else [])] if ablation.notebook is not None else []
+    found = places.inside(name, [*folders, places.REPOSITORY], file)
     where = ablation.at("notebook") if ablation.notebook is not None else ""
-    raise LabError(f"{where}The notebook of '{ablation.name}' is not there: looked for {', '.join(map(str, dict.fromkeys(places)))}.")
+    if not found:
+        raise LabError(f"{where}'notebook' names {name}, {places.LEAVES}")
+    place = places.first(found)
+    if place is None:
+        raise LabError(f"{where}The notebook of '{ablation.name}' is not there: looked for {', '.join(map(str, found))}.")
+    content = read_json(place)
+    if not isinstance(content, dict) or type(content.get("nbformat")) is not int or not isinstance(content.get("cells"), list):
+        raise LabError(f"{where}{place} is no notebook: name a file that Jupyter has written (JSON with nbformat and cells).")
+    return place
 
 
 def check_processes(ablation: Ablation, solution: Solution, notebook: Path, rooms: Rooms) -> None:

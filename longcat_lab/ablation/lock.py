@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
 import os
 import socket
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from longcat_lab.files import read_json
 
 LOCK = ".lock"
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # what a lock says that another process holds
 
 
 class Lock:
@@ -23,25 +26,36 @@ class Lock:
         self._file, self.before = file, before
 
     @classmethod
-    def take(cls, folder: Path, wait: float = 0.0) -> Lock | None:
-        """The lock of `folder` (made if missing), waiting up to `wait` seconds; None while another process holds it."""
+    def take(cls, folder: Path, wait: float = 0.0, note: bool = True) -> Lock | None:
+        """The lock of `folder` (made if missing), waiting up to `wait` seconds; None while another process holds it.
+
+        On a disk that has no locks it is had at once, and nothing is said of who else has it: a queue that starts no job twice is then
+        what keeps two processes apart.
+
+        Args:
+            note: say in its file who holds it. For a short look the file stays as the last holder left it.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (open as long as the lock is held)
         deadline = time.monotonic() + wait
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                if time.monotonic() >= deadline:
+            except OSError as error:
+                if error.errno not in HELD:
+                    _warn(folder, error)
+                elif time.monotonic() >= deadline:
                     file.close()
                     return None
-                time.sleep(0.05)
-                continue
+                else:
+                    time.sleep(0.05)
+                    continue
             if not _is_at(file, folder / LOCK):  # its folder was removed meanwhile, or made anew
                 file.close()
-                return cls.take(folder, max(0.0, deadline - time.monotonic()))
+                return cls.take(folder, max(0.0, deadline - time.monotonic()), note)
             lock = cls(file, holder(folder))
-            lock.note()
+            if note:
+                lock.note()
             return lock
 
     def note(self, **what: Any) -> None:
@@ -52,6 +66,13 @@ class Lock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def _warn(folder: Path, error: OSError) -> None:
+    """Once a process: the same words from the same place are shown once."""
+    warnings.warn(
+        f"The disk of {folder} has no locks ({error.strerror}): two sweeps there at the same time would not see each other.", stacklevel=3
+    )
 
 
 def _is_at(file: io.FileIO, path: Path) -> bool:
@@ -79,6 +100,6 @@ def is_free(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return True
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in HELD
     return True

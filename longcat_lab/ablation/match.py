@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from longcat_lab.ablation import evaluated
-from longcat_lab.ablation.quantities import Clock, quantities, setting
+from longcat_lab.ablation.quantities import STEPS, Clock, quantities, setting
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.spec import Ablation, Match
 from longcat_lab.errors import LabError
@@ -75,7 +75,7 @@ def solve(ablation: Ablation, rooms: Rooms | None = None) -> Solution:
     moved: dict[str, dict[str, int]] = {name: {} for name in ablation.variants}
     clocks = {name: Clock.of(told) for name, told in ablation.measured.items()}
 
-    def configure(name: str, more: dict[str, int]) -> Any:
+    def configure(name: str, more: dict[str, Any]) -> Any:
         # One application of everything: settings that only fit together must not be checked one by one.
         return rooms.apply(base, {**own, **ablation.set, **ablation.variants[name], **moved[name], **more})
 
@@ -83,11 +83,15 @@ def solve(ablation: Ablation, rooms: Rooms | None = None) -> Solution:
         return quantities(config, rooms.totals(config), clocks.get(name))
 
     configs = {}
-    for name in ablation.variants:
+
+    def settle(name: str) -> None:
         try:
             configs[name] = configure(name, {})
         except LabError as error:
             raise LabError(f"{ablation.at(*_written(ablation, name, error))}Variant '{name}': {error}") from None
+
+    for name in ablation.variants:
+        settle(name)
 
     for number, rule in enumerate(ablation.match, 1):
         for name in [rule.reference, *ablation.held_by(rule)]:
@@ -113,13 +117,17 @@ def solve(ablation: Ablation, rooms: Rooms | None = None) -> Solution:
                 if value is None:
                     where = _at(ablation, number, "free", name)
                     raise LabError(f"{where}Match {number}: {key} does not change {rule.quantity} of '{name}'; free another setting.")
-                moved[name][key] = value
-                configs[name] = configure(name, {})
+                # A control is the baseline, but for other initial values or a feature that is switched off.
+                for each in (name, *(ablation.controls if name == ablation.baseline else ())):
+                    moved[each][key] = value
+                    settle(each)
         state = repr(moved)
         if state in seen:  # settled, or going round in circles: either way nothing new comes
             break
         seen.add(state)
 
+    if ablation.tune is not None:
+        _check_tune(ablation, configure)
     totals = {name: dict(rooms.totals(config)) for name, config in configs.items()}
     found = {name: known(name, config) for name, config in configs.items()}
     for number, rule in enumerate(ablation.match, 1):
@@ -145,6 +153,23 @@ def _written(ablation: Ablation, name: str, error: LabError) -> tuple[str, ...]:
             if f"'{key}'" in str(error) or (wrong and (path[: len(wrong)] == wrong or wrong[: len(path)] == path)):
                 return (*keys, key)
     return ("variants", name)
+
+
+def _check_tune(ablation: Ablation, configure: Callable[[str, dict[str, Any]], Any]) -> None:
+    """The tuning's jobs, which a question of its own names, can be what `tune` says."""
+    tune = ablation.tune
+    steps = {} if tune.steps is None else {STEPS: tune.steps}
+    for name in (name for name in ablation.variants if name not in ablation.controls):
+        wrong: dict[int, LabError] = {}
+        for i, value in enumerate(tune.values):
+            try:
+                configure(name, {**steps, tune.setting: value})
+            except LabError as error:
+                wrong[i] = error
+        if wrong:
+            i, error = next(iter(wrong.items()))
+            at = ("tune", "setting") if len(wrong) == len(tune.values) else ("tune", "values", i)
+            raise LabError(f"{ablation.at(*at)}'tune' sets {tune.setting} of '{name}' to {tune.values[i]:g}: {error}")
 
 
 def _hold(

@@ -8,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,6 +104,7 @@ def _main() -> None:
     from longcat_lab.training.evaluation import evaluate_all
 
     asked = json.load(sys.stdin)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(), Path(asked["folder"]).parent), daemon=True).start()
     imports = time.time() - asked["began"]
     quiet = {"tracking.wandb": "off", "training.keep_model": False, "training.checkpoint_every": 10**9}
     if asked["processes"] > 1:
@@ -144,6 +148,14 @@ def _together(config: Any, folder: Path, steps: int, processes: int, began: floa
     evaluation = timings.get("evaluation_seconds", 0.0)
     setup = time.time() - began - timings["training_seconds"] - evaluation
     return {"setup": setup, "steps": spent[1:] or spent, "evaluation": evaluation, "peak_memory": timings.get("peak_memory_bytes")}
+
+
+def _end_with_parent(parent: int, place: Path) -> None:
+    """Nobody waits for the answer any more, nor removes the folder."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    shutil.rmtree(place, ignore_errors=True)
+    os._exit(1)
 
 
 def _tell(**found: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import evaluated, executors, match, measured, seeds, spec, store, sweep, tuning
+from longcat_lab.ablation import cores, evaluated, executors, match, measured, places, seeds, spec, store, sweep, tuning
 from longcat_lab.ablation import jobs as job_plan
 from longcat_lab.ablation.match import Solution
 from longcat_lab.ablation.measured import Measured
@@ -73,24 +73,26 @@ def forecast(
     if jobs is not None and jobs < 1:
         raise LabError(f"--jobs must be at least 1, got {jobs}.")
     a = spec.read(ablation_path, overrides)
+    files = places.check(a)
     notebook = job_plan.find_notebook(a, ablation_path)
     folder = Path(out) if out is not None else Path("runs") / a.name
     store.check_folder(folder, a.name)
     engine = executors.make(executor, a.resources, jobs, folder, rooms)
-    threads, slots = sweep.threads(a, jobs, folder, rooms, engine), int(getattr(engine, "slots", jobs or 1))
     a = sweep.before(a, folder, rooms, jobs, say, measure, engine)
     solution = match.solve(a, rooms)
     evaluated.check(a, solution, rooms)
     job_plan.check_processes(a, solution, notebook, rooms)
-    head, status, tuned = _jobs_of(a, solution, folder, notebook, rooms)
+    cores.reserve(engine, a, solution)
+    threads, slots = sweep.threads(a, jobs, folder, rooms, engine), int(getattr(engine, "slots", jobs or 1))
+    head, status, tuned, settled = _jobs_of(a, solution, folder, notebook, rooms)
     todo = {cell: each for cell, each in status.items() if each not in DONE}
     known = _measured(a, solution, rooms, threads, say) if measure and (todo or tuned) else {}
     slots = max(1, min(slots, len(todo) + sum(tuned.values())))
     costs = _cost(a, solution, known, todo, tuned, slots, threads, getattr(engine, "forks", False))
     if executor != "local" and (known or a.measured):
         costs["lines"].append("Steps were measured on this machine: where the jobs run they may take another time.")
-    told, found = seeds.told(a, folder)
-    lines = (*head, "", *_matching(a, solution, known), "", *costs.pop("lines"), "", *told)
+    told, found = seeds.told(a, folder, settled.configs[a.baseline], rooms)
+    lines = (*head, *files, "", *_matching(a, solution, known), "", *costs.pop("lines"), "", *told)
     return Forecast(a, solution, status, known, slots, **costs, **found, lines=lines)
 
 
@@ -99,8 +101,8 @@ def forecast(
 
 def _jobs_of(
     a: Ablation, solution: Solution, folder: Path, notebook: Path, rooms: Rooms
-) -> tuple[list[str], dict[tuple[str, int], str], dict[str, int]]:
-    """The words, the fate of each job, and how many jobs of the tuning are left for each arm."""
+) -> tuple[list[str], dict[tuple[str, int], str], dict[str, int], Solution]:
+    """The words, the fate of each job, how many jobs of the tuning are left for each arm, and the solution with what it chose."""
     tuned: dict[str, int] = {}
     if a.tune is not None:
         tuned, found = _tuning(a, folder)
@@ -130,11 +132,12 @@ def _jobs_of(
     for name in a.variants:
         role = " (control)" if name in a.controls else " (baseline)" if name == a.baseline else ""
         rows.append([f"{name}{role}", *(status[name, seed] for seed in a.seeds)])
-    orders = {seed: a.drawn(a.baseline, seed).get("data.seed", seed) for seed in a.seeds}
+    own = setting(solution.configs[a.baseline], "data.seed")
+    orders = {seed: a.drawn(a.baseline, seed, own).get("data.seed", seed if own is None else own) for seed in a.seeds}
     heads = ["variant", *(f"seed {seed}" + (f", data {order}" if order != seed else "") for seed, order in orders.items())]
     lines += _table(heads, rows)
     lines += [f"{name} is evaluated from {arm.of}, not trained." for name, arm in a.evaluate.items()]
-    return lines, status, tuned
+    return lines, status, tuned, solution
 
 
 def _tuning(a: Ablation, folder: Path) -> tuple[dict[str, int], Ablation | None]:

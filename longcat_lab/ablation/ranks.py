@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longcat_lab.ablation.ends import DIVERGED
 from longcat_lab.errors import LabError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Ranks:
         rho, rho_p: Spearman's rank correlation; two-sided p over all orders where the arms are few, else by Student's t.
         agreeing: share of pairs of arms in the same order in both.
         least_p: the smallest p that so many arms can give.
+        diverged: one phrase per arm and sweep of which seeds diverged, as its mean is of the others; and the arms that have none left.
     """
 
     metric: str
@@ -39,14 +41,16 @@ class Ranks:
     rho_p: float
     agreeing: float
     least_p: float
+    diverged: tuple[str, ...] = ()
 
     @property
     def sentence(self) -> str:
         n = len(self.arms)
         pairs = n * (n - 1) // 2
+        apart = f"; seeds that diverged are in no mean ({'; '.join(self.diverged)})" if self.diverged else ""
         return (
             f"Kendall's tau {self.tau:+.2f} (p = {self.tau_p:.2g}; {n} arms allow none below {self.least_p:.2g}), Spearman's rho "
-            f"{self.rho:+.2f} (p = {self.rho_p:.2g}), {round(self.agreeing * pairs)} of {pairs} pairs of arms in the same order"
+            f"{self.rho:+.2f} (p = {self.rho_p:.2g}), {round(self.agreeing * pairs)} of {pairs} pairs of arms in the same order{apart}"
         )
 
 
@@ -71,8 +75,12 @@ def agreement(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, other: str,
 
     known = [_means(table, metric) for table in (ours, theirs)]
     arms = tuple(name for name in known[0] if name in known[1] and name not in without)
+    shared = [name for name in dict.fromkeys(ours["variant"]) if name in set(theirs["variant"]) and name not in without]
+    diverged = [each for name in shared for each in (_diverged(ours, name, "here"), _diverged(theirs, name, f"in {other}")) if each]
+    diverged += [f"{name} is not ranked" for name in shared if diverged and name not in arms]
     if len(arms) < FEWEST:
-        raise LabError(f"The ranks of {len(arms)} arms cannot be compared with {other}: {FEWEST} with finished jobs are needed.")
+        apart = f"; seeds that diverged are in none ({'; '.join(diverged)})" if diverged else ""
+        raise LabError(f"The ranks of {len(arms)} arms cannot be compared with {other}: {FEWEST} with finished jobs are needed{apart}.")
     x, y = ([means[name] for name in arms] for means in known)
     if len({*x}) == 1 or len({*y}) == 1:
         raise LabError(f"The ranks cannot be compared with {other}: all arms have one {metric}.")
@@ -88,7 +96,8 @@ def agreement(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, other: str,
         p = found.pvalue
     same = sum((x[i] - x[j]) * (y[i] - y[j]) > 0 for i, j in pairs) / len(pairs)
     least = 2 / math.factorial(len(arms))
-    return Ranks(metric, arms, (tuple(x), tuple(y)), float(tau.statistic), float(tau.pvalue), float(rho), float(p), same, least)
+    numbers = float(tau.statistic), float(tau.pvalue), float(rho), float(p)
+    return Ranks(metric, arms, (tuple(x), tuple(y)), *numbers, same, least, tuple(diverged))
 
 
 def _means(results: pd.DataFrame, metric: str) -> dict[str, float]:
@@ -96,6 +105,12 @@ def _means(results: pd.DataFrame, metric: str) -> dict[str, float]:
     if metric not in done:
         return {}
     return {str(name): float(value) for name, value in done.groupby("variant", sort=False)[metric].mean().dropna().items()}
+
+
+def _diverged(results: pd.DataFrame, name: str, where: str) -> str:
+    own = results[results["variant"] == name]["status"]
+    count = int((own == DIVERGED).sum())
+    return f"{name} {where}: {count} of {len(own)}" if count else ""
 
 
 def lines(results: pd.DataFrame, ablation: Ablation) -> list[str]:

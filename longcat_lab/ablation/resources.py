@@ -11,26 +11,31 @@ from longcat_lab.node import Node
 
 _TIME = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _MEMORY = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+LONGEST = 100  # characters of an amount
 Retried = Literal["dead kernel", "killed", "node lost", "preempted", "out of memory", "time-out", "disk full", "error", "not started"]
 
 
 def seconds(text: str) -> float:
     """`2 h`, `1 h 30 min`, `45 s` as seconds. Raises ValueError for anything else."""
-    return _sum(text, _TIME, "a time such as '2 h', '1 h 30 min' or '45 s'")
+    return _sum(text, _TIME, "a time such as '2 h', '1 h 30 min' or '45 s'", 10_000 * _TIME["d"], "10,000 d")
 
 
 def number_of_bytes(text: str) -> int:
     """`8 GB` (10^9 bytes), `512 MiB` (2^20) as bytes. Raises ValueError for anything else."""
-    return int(_sum(text, _MEMORY, "an amount of memory such as '8 GB' or '512 MB'"))
+    return int(_sum(text, _MEMORY, "an amount of memory such as '8 GB' or '512 MB'", 10_000 * _MEMORY["TB"], "10,000 TB"))
 
 
-def _sum(text: str, units: dict[str, float], wanted: str) -> float:
+def _sum(text: str, units: dict[str, float], wanted: str, most: float, said: str) -> float:
+    if len(text) > LONGEST:
+        raise ValueError(f"should be {wanted}, got {len(text)} characters")
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if not parts or "".join(f"{n}{u}" for n, u in parts) != re.sub(r"\s", "", text) or not all(u in units for _, u in parts):
         raise ValueError(f"should be {wanted}, got '{text}'")
     found = sum(float(number) * units[unit] for number, unit in parts)
     if found <= 0:
         raise ValueError(f"should be more than nothing, got '{text}'")
+    if found > most:
+        raise ValueError(f"should be at most {said}, got '{text}'")
     return found
 
 
@@ -54,7 +59,12 @@ class Resources(Node):
         pattern=r"^[a-z][A-Za-z0-9_.:-]*$",
         description="what a queue calls them: gpu, npu, gpu:a100 (--gres=CARD:CARDS)",
     )
-    cores: int | None = Field(default=None, ge=1, description="cores of a job; the machine's, shared out among the jobs, when left out")
+    cores: int | None = Field(
+        default=None,
+        ge=1,
+        description="cores of a job; when left out, the machine's, shared out among the jobs, and in a queue one for each thread of each "
+        "process (training.threads)",
+    )
     memory: Memory | None = Field(default=None, description="of all processes of a job together, such as 8 GB; above it the job is ended")
     time: Time | None = Field(default=None, description="of one attempt, such as 2 h; then the job saves a checkpoint and ends")
     grace: Time = Field(default="10 s", description="how long a job that must end has to finish its step and save a checkpoint")

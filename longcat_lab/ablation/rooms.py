@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,15 +47,22 @@ def _totals(config: Any) -> dict[str, float]:
     return totals(config)
 
 
-def _identity(config: Any) -> str:
+def _identity(config: Any, known: dict[str, Any]) -> str:
     from longcat_lab.training import identity
 
-    return identity(config)
+    return identity(config, known)
+
+
+def _code() -> str:
+    from longcat_lab.training.provenance import code_hash
+
+    return code_hash()
 
 
 def _data_key(config: Any) -> str:
-    text = {**config.data.to_dict(), "seed": None}  # the order of its sequences makes no other corpus
-    return json.dumps([text, config.model.vocab_size], sort_keys=True)
+    from longcat_lab.training.provenance import data_key
+
+    return data_key(config)
 
 
 def _prepare(config: Any, progress: Callable[..., None]) -> None:
@@ -100,7 +106,8 @@ class Rooms:
         load: preset name or YAML path -> configuration.
         apply: configuration, {dotted key: value} -> changed configuration; raises `LabError` for a key or type that is wrong.
         totals: configuration -> {quantity: number}, without building a model.
-        identity: configuration -> hash of resolved configuration, data and code.
+        identity: configuration -> hash of resolved configuration, data and code; calls of one plan share a dictionary of what is alike.
+        code: hash of the code that decides a run's numbers.
         data_key: configurations with equal keys share one prepared corpus.
         prepare: makes that corpus, calling `progress` now and then.
         check_evaluations: raises `LabError` where `training.evaluations` needs weights that are not trained.
@@ -115,7 +122,8 @@ class Rooms:
     load: Callable[[str], Any] = _load
     apply: Callable[[Any, dict[str, Any]], Any] = _apply
     totals: Callable[[Any], dict[str, float]] = _totals
-    identity: Callable[[Any], str] = _identity
+    identity: Callable[[Any, dict[str, Any]], str] = _identity
+    code: Callable[[], str] = _code
     data_key: Callable[[Any], str] = _data_key
     prepare: Callable[[Any, Callable[..., None]], None] = _prepare
     check_evaluations: Callable[[Any], None] = _check_evaluations

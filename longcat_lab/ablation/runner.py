@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat_lab.ablation import ends, evaluated, executors, match, settle, spec, store, superseded
+from longcat_lab.ablation import cores, ends, evaluated, executed, executors, match, spec, store, superseded
 from longcat_lab.ablation import jobs as job_plan
+from longcat_lab.ablation.driving import KEPT, Driving
 from longcat_lab.ablation.hold import counted, held
-from longcat_lab.ablation.jobs import Job
 from longcat_lab.ablation.outcome import JobsFailed, LabInterrupted, command
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.table import Cell, Display, short_count
 from longcat_lab.errors import LabError
-from longcat_lab.files import read_json, write_json
+from longcat_lab.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOOK = 0.1  # seconds between looks at the jobs
 LEAST, SHARE = 2.0, 20  # the table is written again after so many seconds, and after so many times what writing it took
-KEPT = ("status", "reason", "identity", "seconds", "not_engaged")  # of a row, while the sweep runs; a job's numbers stay in its folder
 
 
 def run(
@@ -70,12 +67,13 @@ def run(
     solution = match.solve(ablation, rooms)
     evaluated.check(ablation, solution, rooms)
     job_plan.check_processes(ablation, solution, notebook, rooms)
+    cores.reserve(engine, ablation, solution)
 
     with held(folder, ablation.name):
         return _Driver(folder, ablation, solution, notebook, jobs, engine, rooms, console, again).drive()
 
 
-class _Driver:
+class _Driver(Driving):
     def __init__(
         self,
         folder: Path,
@@ -89,28 +87,21 @@ class _Driver:
         again: str,
     ) -> None:
         self.folder, self.ablation, self.solution, self.notebook = folder, ablation, solution, notebook
-        self.executor, self.rooms, self.again = executor, rooms, again
-        self.slots = getattr(executor, "slots", None) or jobs or 1
+        self.rooms, self.again = rooms, again
         self.configs = job_plan.cells(ablation, solution, rooms)
-        self.cells = {cell: Cell(f"{cell[0]}/seed-{cell[1]}") for cell in self.configs}
-        self.display = Display(list(self.cells.values()), self.slots, console)
-        self.rows: dict[Job, dict[str, Any]] = {}
-        self.todo: deque[Job] = deque()
-        self.running: dict[Job, executors.Handle] = {}
-        self.attempts: dict[Job, int] = {}  # before the one that runs
-        self.retries = settle.Retries(ablation.resources)
-        self.stops, self.written, self.measured = 0, False, False
-        self.stale, self.next_table = False, 0.0  # whether a job has ended since the table was written, and when it may be written again
-        self.mistake: str | None = None  # in the question, seen only when a job has finished
+        cells = {cell: Cell(f"{cell[0]}/seed-{cell[1]}") for cell in self.configs}
+        slots = getattr(executor, "slots", None) or jobs or 1
+        super().__init__(ablation, executor, slots, executed.source(notebook), cells, Display(list(cells.values()), slots, console))
+        self.written, self.next_table = False, 0.0  # whether there is a table, and when it may be written again
 
     def drive(self) -> Path:
         try:
             with self.display:
                 self._prepare()
                 self._plan()
-                with counted(self._count):
+                with counted(self.count_stop):
                     self._commit()
-                    self._loop()
+                    self.loop()
         except KeyboardInterrupt:
             self.stops += 1
         finally:
@@ -161,10 +152,12 @@ class _Driver:
         for job in job_plan.plan(self.ablation, self.solution, self.folder, self.notebook, self.rooms):
             run = store.read_run(job.folder)
             row = store.result_row(run, job.variant, job.seed, job.identity)
+            if row["status"] in ends.SETTLED and self.anew(run, job):
+                row |= {"status": "planned", "reason": "its notebook changed since it last ran", "seconds": None}
             self.rows[job] = {key: row[key] for key in ("variant", "seed", *KEPT) if key in row}
             if self.rows[job]["status"] not in ends.SETTLED:
                 self.todo.append(job)
-            self._show(job)
+            self.show(job)
         self.slots = self.display.slots = max(1, min(self.slots, len(self.todo)))
         if hasattr(self.executor, "slots"):  # it shares out its cores among them
             self.executor.slots = self.slots
@@ -177,121 +170,29 @@ class _Driver:
         for job in self.todo:
             run = store.read_run(job.folder)
             if run is None:
-                write_json(job.folder / "run.json", job.record())
+                write_json(job.folder / "run.json", self.record(job))
             replaced += run is not None and run.get("status") in ends.SETTLED
         total = len(self.rows)
         if skipped := total - len(self.todo):
             self.display.say(f"{skipped} of {total} jobs have finished before and are not run again.")
         if changed := sum(row["status"] == "planned" and bool(row["reason"]) for row in self.rows.values()):
             kept = f"; the {replaced} that had finished are kept in {self.folder / superseded.NAME}" if replaced else ""
-            self.display.say(f"{changed} of {total} jobs run anew: their configuration, data or code changed since they last ran{kept}.")
-
-    # ---- the jobs
-
-    def _count(self) -> None:
-        self.stops += 1
-
-    def _loop(self) -> None:
-        try:
-            while (self.todo or self.running) and not self.stops and not self.mistake:
-                while self.todo and len(self.running) < self.slots:
-                    self._start(self.todo.popleft())
-                self.stale |= (ended := self._look())
-                if self.stale and time.monotonic() > self.next_table:
-                    self._write()
-                if not ended:  # else the next one can start at once
-                    getattr(self.executor, "wait", time.sleep)(LOOK)
-        finally:  # also when the disk is full
-            self._stop_all()
-
-    def _start(self, job: Job) -> None:
-        run = store.read_run(job.folder)
-        self.attempts[job] = 0
-        if run is not None and run.get("identity") != job.identity:
-            if run.get("status") in ends.SETTLED:
-                superseded.keep_log(job.folder)
-            write_json(job.folder / "planned.json", job.record())  # the job itself clears the folder, once it holds its lock
-        else:
-            self.attempts[job] = store.attempts(run)
-            (job.folder / "planned.json").unlink(missing_ok=True)
-        try:
-            self.running[job] = self.executor.submit(job)
-        except OSError as error:
-            self.rows[job] |= {"status": "failed", "reason": f"could not be started: {error.strerror}"}
-        else:
-            self.rows[job] |= {"status": "running", "reason": "", "seconds": None}
-            self.cells[job.variant, job.seed].began = time.monotonic()
-            if (before := getattr(self.running[job], "attempts", None)) is not None:
-                self.attempts[job] = before
-                self.display.say(f"{job.name} was started before and is still there: it is followed, not started again.")
-        self._show(job)
-        if job in self.running and executors.waits(self.running[job]):
-            self.cells[job.variant, job.seed].status = "queued"
-
-    def _look(self) -> bool:
-        """Take over progress and ends; whether a job has ended."""
-        ended = False
-        for job, handle in list(self.running.items()):
-            code = handle.poll()
-            if code is None:
-                if int(time.monotonic() / LOOK) % 5 == 0:
-                    cell = self.cells[job.variant, job.seed]
-                    cell.status = "queued" if executors.waits(handle) else "running"
-                    cell.progress(read_json(job.folder / "progress.json") if cell.status == "running" else None)
-                continue
-            del self.running[job]
-            self._settle(job, handle, code)
-            ended = True
-        self.display.update()
-        return ended
-
-    def _settle(self, job: Job, handle: executors.Handle, code: int) -> None:
-        """Take over how a job ended, and whether it is tried again."""
-        stopping = bool(self.stops or self.mistake)
-        row, kind = settle.settled(job, handle, code, self.attempts[job], stopping)
-        self.rows[job] |= {key: row[key] for key in KEPT if key in row}
-        if row["status"] == "finished" and not self.measured:
-            self.measured = True
-            final = (read_json(job.folder / "run.json") or {}).get("final") or {}
-            self.mistake = job_plan.unmeasured(self.ablation, job, {**row, **final})
-        if row["status"] not in ends.SETTLED and not stopping and (said := self.retries.again(job, row["reason"], kind)):
-            self.display.say(said)
-            self.todo.append(job)
-        self._show(job)
-
-    def _stop_all(self) -> None:
-        """End what still runs: by request, then by force after some seconds or a second Ctrl-C."""
-        if not self.running:
-            return
-        asked = self.stops
-        patience = getattr(self.executor, "patience", executors.PATIENCE)
-        self.display.say(f"Stopping: {len(self.running)} running jobs have up to {patience:.0f} s to save; Ctrl-C again kills them now.")
-        for handle in self.running.values():
-            handle.stop()
-        deadline = time.monotonic() + patience
-        while self.running and time.monotonic() < deadline and self.stops <= max(1, asked):
-            self._look()
-            time.sleep(LOOK)
-        for handle in self.running.values():
-            handle.stop(force=True)
-        while self.running:
-            self._look()
-            time.sleep(LOOK)
+            self.display.say(
+                f"{changed} of {total} jobs run anew: their configuration, data, notebook or code changed since they last ran{kept}."
+            )
 
     # ---- what is said and written
+
+    def ended(self) -> None:
+        if time.monotonic() > self.next_table:
+            self._write()
 
     def _write(self) -> None:
         """The table as it is now. It reads the folders of all jobs that have ended, so it is not done at each end."""
         began = time.monotonic()
         whole = ((job, store.with_numbers(job.folder, row)) for job, row in self.rows.items())
         store.write_results(self.folder, (each for job, row in whole for each in evaluated.rows(row, job.arms)))
-        self.stale, self.next_table = False, time.monotonic() + max(LEAST, SHARE * (time.monotonic() - began))
-
-    def _show(self, job: Job) -> None:
-        row, cell = self.rows[job], self.cells[job.variant, job.seed]
-        cell.status, cell.reason, cell.seconds = row["status"], row["reason"], row["seconds"]
-        if job in self.todo:
-            cell.status = "planned"  # it will be run (again), whatever happened to it before
+        self.next_table = time.monotonic() + max(LEAST, SHARE * (time.monotonic() - began))
 
     def _conclude(self) -> None:
         from longcat_lab.ablation import statistics

@@ -12,7 +12,8 @@ from longcat_lab.ablation.resources import Resources
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json
 
-LOST = 5  # times that a job goes on elsewhere because what had started it died, not the driver
+LOST = (ends.DRIVER, ends.NODE, ends.PREEMPTED)  # what takes a job's place away, through no fault of its own: it always goes on
+MOST = 100  # times that a job goes on elsewhere
 
 
 class Retries:
@@ -24,17 +25,19 @@ class Retries:
     def again(self, job: Job, reason: str, kind: str) -> str | None:
         """What is said of a job that has ended as `kind` and is tried again; None where it is not.
 
-        A job that finds its parent gone while the driver asks was a fork of a process that was killed; that is no failure of its own.
+        A job that finds its parent gone while the driver asks was a fork of a process that was killed.
         """
-        lost = kind == ends.DRIVER
+        lost = kind in LOST
         if not lost and kind not in self._asked.retry:
             return None
-        most = LOST if lost else self._asked.retries
+        most = MOST if lost else self._asked.retries
         if self._count[job, lost] >= most:
             return None
         self._count[job, lost] += 1
-        if lost:
+        if kind == ends.DRIVER:
             return f"{job.name}: the process that had started it is gone; it goes on in another one."
+        if lost:
+            return f"{job.name}: {reason}; it is queued again and goes on from its checkpoint."
         return f"{job.name}: {reason}; it is tried again ({self._count[job, lost]} of {most})."
 
 
@@ -55,19 +58,31 @@ def settled(job: Job, handle: executors.Handle, code: int, attempts: int, stoppi
             run |= {"status": told.status, "reason": told.reason}
             run["job"]["end"] = told.kind
             _write(job, run)
-        # If code was edited meanwhile, the run has another identity than was planned; the row says which.
-        row = store.result_row(run, job.variant, job.seed, run.get("identity", job.identity))
-        return row, str(run["job"].get("end") or run["status"])
+        return _said(job, run)
     handle.stop(force=True)
     end = told or ends.of_exit(code)
-    began = store.attempts(run) > attempts
-    kind = ends.START if end.kind == ends.ERROR and not began else end.kind
-    row = {"status": "interrupted" if stopping else end.status, "reason": end.reason}
-    if run is not None and run.get("identity") == job.identity:  # else the folder still holds what ran before, untouched
-        run |= row
-        run["job"] = {**(run.get("job") or {}), "end": ends.STOPPED if stopping else kind}
-        _write(job, run)
+    lock = store.Lock.take(job.folder, note=False)  # None: another process is at this job, and says itself how it ends
+    try:
+        run = read_json(job.folder / "run.json")
+        if _by_itself(job, run, attempts):  # a disk that others write shows it late
+            return _said(job, run)
+        began = store.attempts(run) > attempts
+        kind = ends.START if end.kind == ends.ERROR and not began else end.kind
+        row = {"status": "interrupted" if stopping else end.status, "reason": end.reason}
+        if lock is not None and run is not None and run.get("identity") == job.identity and run.get("status") not in ends.SETTLED:
+            # Else the folder still holds what ran before, untouched.
+            run |= row
+            run["job"] = {**(run.get("job") or {}), "end": ends.STOPPED if stopping else kind}
+            _write(job, run)
+    finally:
+        if lock is not None:
+            lock.release()
     return row, kind
+
+
+def _said(job: Job, run: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the job itself says. If code was edited meanwhile, the run has another identity than was planned; the row says which."""
+    return store.result_row(run, job.variant, job.seed, run.get("identity", job.identity)), str(run["job"].get("end") or run["status"])
 
 
 def _by_itself(job: Job, run: dict[str, Any] | None, attempts: int) -> bool:

@@ -11,7 +11,6 @@ from pydantic import Field, PrivateAttr, StringConstraints
 from longcat_lab.ablation import agreed, words
 from longcat_lab.ablation.places import Places
 from longcat_lab.ablation.resources import Resources
-from longcat_lab.config.plugins import located
 from longcat_lab.config.yaml import mapping, parse_yaml, read_text
 from longcat_lab.errors import LabError
 from longcat_lab.node import ConfigError, Node, nearest, validate_node
@@ -141,12 +140,15 @@ class Ablation(Node):
         controls = self.controls
         return rule.variants if rule.variants is not None else [v for v in self.variants if v != rule.reference and v not in controls]
 
-    def drawn(self, variant: str, seed: int) -> dict[str, int]:
-        """The settings of a job that come from its seed: of the initial values, and where it is another one of the data's order."""
-        order = dict(zip(self.seeds, self.data_seeds, strict=False)).get(seed, seed)
-        if self.controls.get(variant) == "a_a":
-            return {"seed": words.other_seed(seed, self.seeds), "data.seed": order}
-        return {"seed": seed} | ({"data.seed": order} if order != seed else {})
+    def drawn(self, variant: str, seed: int, own: int | None = None) -> dict[str, int]:
+        """The settings of a job that come from its seed: of the initial values, and where it is another one of the data's order.
+
+        Args:
+            own: data.seed of the variant's configuration, which is the order for all seeds where `data_seeds` says nothing.
+        """
+        order = dict(zip(self.seeds, self.data_seeds, strict=False)).get(seed, seed if own is None else own)
+        first = words.other_seed(seed, self.seeds) if self.controls.get(variant) == "a_a" else seed
+        return {"seed": first} | ({"data.seed": order} if order != (first if own is None else own) else {})
 
     def at(self, *keys: Any) -> str:
         """`demo.yaml, line 12: `, where the question says what `keys` lead to; empty where it is from no file."""
@@ -169,17 +171,7 @@ def read(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> 
     for override in overrides:
         _override(data, override, places)
     try:
-        data = words.spelled_out(data)
-        if not isinstance(source, dict):
-            for key in ("base", "compare_with"):
-                if isinstance(data.get(key), str):
-                    data[key] = _place(data[key], Path(source), key)
-        if data.get("plugins"):
-            try:
-                data["plugins"] = located(data["plugins"], None if isinstance(source, dict) else Path(source).resolve().parent)
-            except ConfigError as error:
-                raise ConfigError(str(error), ("plugins",)) from None
-        ablation = validate_node(Ablation, data)
+        ablation = validate_node(Ablation, places.find(words.spelled_out(data)))
         agreed.check(ablation)
     except ConfigError as error:
         raise LabError(f"{places.of(error.at)}{error}") from None
@@ -203,16 +195,8 @@ def _override(data: dict[str, Any], override: str, places: Places) -> None:
         data[own] = value
         places.overridden[own,] = override
     elif own.startswith("resources."):
-        data["resources"] = {**(data.get("resources") or {}), own.removeprefix("resources."): value}
+        if data.get("resources") is None or isinstance(data["resources"], dict):
+            data["resources"] = {**(data.get("resources") or {}), own.removeprefix("resources."): value}
         places.overridden["resources", own.removeprefix("resources.")] = override
     else:
         raise LabError(f"Unknown key '{key}'{nearest(own, [*Ablation.model_fields, *words.SHORT])}")
-
-
-def _place(name: str, question: Path, key: str) -> str:
-    """A file or folder beside the question, or else in the working folder, by its full path; anything else as it is."""
-    if key == "compare_with" or Path(name).suffix in (".yaml", ".yml"):
-        for folder in (question.resolve().parent, Path.cwd()):
-            if (folder / name).is_dir() if key == "compare_with" else (folder / name).is_file():
-                return str((folder / name).resolve())
-    return name

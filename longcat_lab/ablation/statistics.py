@@ -6,78 +6,18 @@ Intervals are Student's t on the paired differences; power uses the noncentral t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longcat_lab.ablation.paired import FEWEST, NAN, holm, least_p, paired_t, resolvable, seeds_needed, sign_flips
+from longcat_lab.ablation.contrasts import Contrast, contrast, of_arm, signed
+from longcat_lab.ablation.ends import DIVERGED
+from longcat_lab.ablation.paired import FEWEST, NAN, holm, seeds_needed
 from longcat_lab.ablation.spec import Ablation
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """One paired comparison, in the units of its metric.
-
-    Attributes:
-        seeds: the seeds whose pair is complete; `n` of them.
-        differences: of those pairs, in the same order.
-        mean, sd: of the paired differences.
-        low, high: interval of the mean at `level`.
-        p: two-sided; NaN where no test is possible.
-        resolvable: smallest true effect that this n and sd would find with 80 % power, as one of `comparisons`.
-        dropped: one phrase per seed without a complete pair.
-        flipped: two-sided p of the sign flips, this comparison's own.
-    """
-
-    better: str
-    than: str
-    metric: str
-    seeds: tuple[int, ...]
-    differences: tuple[float, ...]
-    mean: float
-    sd: float
-    low: float
-    high: float
-    p: float
-    resolvable: float
-    level: float
-    dropped: tuple[str, ...]
-    comparisons: int = 1
-    flipped: float = NAN
-
-    @property
-    def alpha(self) -> float:
-        """The level of the strictest of Holm's steps, which an effect must pass if no other claim does."""
-        return (1 - self.level) / self.comparisons
-
-    @property
-    def n(self) -> int:
-        return len(self.seeds)
-
-    @property
-    def constant(self) -> bool:
-        """All pairs differ by the same amount: the seeds varied nothing, so there is no noise to compare with."""
-        return self.n > 1 and self.sd == 0
-
-    @property
-    def interval(self) -> str:
-        """`-0.0274 to -0.0150 (95 % interval, n = 3)`."""
-        return f"{signed(self.low)} to {signed(self.high)} ({100 * self.level:g} % interval, n = {self.n})"
-
-    @property
-    def without_normality(self) -> str:
-        """What the check without a distribution says, in a sentence; empty below two pairs."""
-        if self.n < 2:
-            return ""
-        least = least_p(self.n)
-        small = f"{self.n} pairs allow no p below {least:.2g}" + (", so they cannot be significant in it" if least > self.alpha else "")
-        counted = "one comparison" if self.comparisons == 1 else f"not corrected for {self.comparisons} comparisons"
-        return f"Sign flips, which need no normal distribution: p = {self.flipped:.2g}, {counted} ({small})."
 
 
 @dataclass(frozen=True)
@@ -115,53 +55,6 @@ class Summary:
         return [f"{v.verdict.upper()}: {v.sentence}" for v in self.verdicts] + self.secondary + self.vanishing + self.notes
 
 
-def signed(value: float) -> str:
-    """Three significant digits with a sign."""
-    return "0" if value == 0 else f"{value:+.3g}"
-
-
-# ---- one comparison
-
-
-def contrast(results: pd.DataFrame, better: str, than: str, metric: str, level: float = 0.95, comparisons: int = 1) -> Contrast:
-    """The paired difference of two variants in one metric. Pairs that are not complete are dropped, and said.
-
-    Args:
-        results: one row per job with `variant`, `seed`, `status`, `reason` and the metric (see `store.load_results`).
-        comparisons: how many are judged together; `resolvable` is then at (1 - level) / comparisons, Holm's strictest step.
-            The interval and `p` are this comparison's own.
-    """
-    arms = [_arm(results, name, metric) for name in (better, than)]
-    differences, dropped = {}, []
-    for seed in sorted({*arms[0], *arms[1]}):
-        sides = [(name, arm.get(seed, "not planned")) for name, arm in zip((better, than), arms, strict=True)]
-        problems = [f"{name} {value}" for name, value in sides if isinstance(value, str)]
-        if problems:
-            dropped.append(f"seed {seed} ({', '.join(problems)})")
-        else:
-            differences[seed] = sides[0][1] - sides[1][1]
-    values = np.array(list(differences.values()), dtype=float)
-    mean, sd, low, high, p = paired_t(values, level)
-    found = resolvable(len(values), sd, (1 - level) / comparisons)
-    pairs = tuple(differences), tuple(differences.values())
-    flipped = sign_flips(values) if len(values) > 1 else NAN
-    return Contrast(better, than, metric, *pairs, mean, sd, low, high, p, found, level, tuple(dropped), comparisons, flipped)
-
-
-def _arm(results: pd.DataFrame, variant: str, metric: str) -> dict[int, float | str]:
-    """seed -> value, or why there is none."""
-    found: dict[int, float | str] = {}
-    for row in results[results["variant"] == variant].to_dict("records"):
-        value = row.get(metric)
-        if row["status"] != "finished":
-            found[int(row["seed"])] = str(row["status"])
-        elif value is None or not math.isfinite(value):
-            found[int(row["seed"])] = f"has no finite {metric}"
-        else:
-            found[int(row["seed"])] = float(value)
-    return found
-
-
 # ---- judgement
 
 
@@ -169,7 +62,8 @@ def judge(results: pd.DataFrame, ablation: Ablation) -> list[Verdict]:
     """The claims of a question, in order, each with its verdict.
 
     seen: significant after Holm, in the claimed direction. not seen: the interval has no room for an improvement that matters.
-    not resolvable: everything else, fewer than three pairs included.
+    not resolvable: everything else, fewer than three pairs included. So is a claim of which an arm diverged on a seed on which the other
+    did not: the pairs that are left, on which nothing went wrong, are not taken to speak for that arm.
     """
     count = len(ablation.claims)
     contrasts = [contrast(results, claim.better, claim.than, ablation.metric, comparisons=count) for claim in ablation.claims]
@@ -215,18 +109,29 @@ def _verdict(c: Contrast, p: float, ablation: Ablation) -> Verdict:
         counting = f" (counting {comparisons} comparisons)" if comparisons > 1 else ""
         sentence = (
             f"Too few seeds to tell whether {c.better} is better than {c.than}: {c.metric} differs by {signed(c.mean)}, {c.interval}, "
-            f"{_p(p, comparisons)}; {c.n} pairs at this spread find {c.resolvable:.3g} or more, and {_many(needed)} to find {matters:g}"
+            f"{_p(p, comparisons)}; {c.n} pairs at this spread find {c.resolvable:.3g} or more, and {_many(needed, c)} to find {matters:g}"
             f"{counting}."
+        )
+    favoured, other = (c.than, c.better) if verdict == "not seen" else (c.better, c.than)
+    if c.n >= FEWEST and favoured in c.alone:
+        verdict, needed = "not resolvable", None
+        differs = f"exactly {signed(c.mean)} in all {c.n} pairs" if c.constant else f"{signed(c.mean)}, {c.interval}, {_p(p, comparisons)}"
+        sentence = (
+            f"There {c.metric} differs by {differs}. That cannot tell whether {c.better} is better than {c.than}: {favoured} diverged "
+            f"where {other} did not."
         )
     if c.dropped and c.n >= FEWEST:
         sentence += f" Left out: {'; '.join(c.dropped)}."
-    return Verdict(c, p, comparisons, verdict, needed, sentence)
+    return Verdict(c, p, comparisons, verdict, needed, c.first_of_all + sentence)
 
 
 def _too_few(c: Contrast, ablation: Ablation) -> str:
     seen = f" ({c.metric} differs by {signed(c.mean)} so far)" if c.n else ""
     planned = len(ablation.seeds)
+    possible = planned - len({*c.diverged[0], *c.diverged[1]})  # a seed on which an arm diverged is done, and never a pair
     why = f"only {planned} {'seed was' if planned == 1 else 'seeds were'} planned" if planned < FEWEST else f"{planned} were planned"
+    if possible < FEWEST <= planned:
+        why += f", of which {possible or 'none'} can still be one"
     left = f"; left out: {'; '.join(c.dropped)}" if c.dropped else ""
     pairs = "1 pair" if c.n == 1 else f"{c.n or 'no'} pairs"
     return f"Whether {c.better} is better than {c.than} cannot be told from {pairs}{seen}: a claim needs {FEWEST}, and {why}{left}."
@@ -237,23 +142,26 @@ def _p(p: float, comparisons: int) -> str:
     return f"{value} after Holm over {comparisons} comparisons" if comparisons > 1 else f"{value}, one comparison"
 
 
-def _many(needed: int | None) -> str:
-    return "more than 10000 would be needed" if needed is None else f"about {needed} would be needed"
+def _many(needed: int | None, c: Contrast) -> str:
+    whole = " on which both finish" if c.divergence else ""
+    return f"more than 10000{whole} would be needed" if needed is None else f"about {needed}{whole} would be needed"
 
 
 def noise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Per variant: finished seeds `n`, `mean` and `sd` of one metric between seeds (NaN where there are too few)."""
+    """Per variant: finished seeds `n`, `mean` and `sd` of one metric between seeds (NaN where there are too few); how many diverged."""
     import pandas as pd
 
     rows = {}
     for variant in dict.fromkeys(results["variant"]):
-        values = [v for v in _arm(results, variant, metric).values() if isinstance(v, float)]
+        arm = of_arm(results, variant, metric)
+        values = [v for v in arm.values() if isinstance(v, float)]
         rows[variant] = {
             "n": len(values),
             "mean": float(np.mean(values)) if values else NAN,
             "sd": float(np.std(values, ddof=1)) if len(values) > 1 else NAN,
+            "diverged": sum(v == DIVERGED for v in arm.values()),
         }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["n", "mean", "sd"]).rename_axis("variant")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["n", "mean", "sd", "diverged"]).rename_axis("variant")
 
 
 def summary(results: pd.DataFrame, ablation: Ablation) -> Summary:
@@ -282,16 +190,17 @@ def summary(results: pd.DataFrame, ablation: Ablation) -> Summary:
 
 
 def _plainly(c: Contrast) -> str:
+    what = f"{c.metric}, {c.better} against {c.than}: {c.first_of_all}"
     if c.n < 2:
-        return f"{c.metric}, {c.better} against {c.than}: {signed(c.mean)} in one pair." if c.n else ""
-    return f"{c.metric}, {c.better} against {c.than}: {signed(c.mean)}, {c.interval}; secondary, no verdict."
+        return f"{what}{signed(c.mean)} in one pair." if c.n else what.rstrip() if c.divergence else ""
+    return f"{what}{signed(c.mean)}, {c.interval}; secondary, no verdict."
 
 
 def _vanished(c: Contrast, where: str, matters: float) -> str:
     if c.n < FEWEST:
         return ""
     differs = f"{c.metric} of {c.better} against {c.than} differs by {signed(c.mean)}, {c.interval}"
-    start = f"Where the effect should vanish ({where}), {differs}: "
+    start = f"{c.first_of_all}Where the effect should vanish ({where}), {differs}: "
     if c.constant:
         return start + ("exactly equal." if c.mean == 0 else "the same in all pairs, so there is no noise to compare it with.")
     if c.low > 0 or c.high < 0:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from longcat_lab.ablation import executors, floor, match, measured, runner, store, tuning
-from longcat_lab.ablation.outcome import JobsFailed
+from longcat_lab.ablation import executors, floor, match, measured, places, runner, store, tuning
+from longcat_lab.ablation.outcome import JobsFailed, command
 from longcat_lab.ablation.rooms import Rooms
 from longcat_lab.ablation.spec import Ablation
 
@@ -25,18 +25,22 @@ def run(
     overrides, rooms = list(overrides), more.get("rooms") or Rooms()
 
     def settled(ablation: Ablation, folder: Path, notebook: Path, engine: executors.Executor) -> Ablation:
-        ablation = before(ablation, folder, rooms, jobs, _say(more.get("console")), executor=engine)
-        if ablation.tune is None:
-            return ablation
-        solution = match.solve(ablation, rooms)
+        say = _say(more.get("console"))
+        for line in places.check(ablation):
+            say(line)
+        ablation = before(ablation, folder, rooms, jobs, say, executor=engine)
+        if ablation.tune is not None:
+            again = command(ablation_path, out, jobs, overrides, more.get("executor", "local"))
+            ablation = tuning.tuned(ablation, match.solve(ablation, rooms), folder, sub, notebook, again)
+        return ablation.model_copy(update={"noise": noise(ablation, folder, rooms)})
 
-        def sub(path: Path, home: Path) -> Any:
-            return runner.run(path, home, jobs, **more)
-
-        return tuning.tuned(ablation, solution, folder, sub, notebook)
+    def sub(path: Path, home: Path) -> Any:
+        return runner.run(path, home, jobs, **more)
 
     try:
         folder = runner.run(ablation_path, out, jobs, overrides, settled=settled, **more)
+    except tuning.TuningFailed:  # its folder is no sweep of the question
+        raise
     except JobsFailed as error:
         floor.keep(error.folder)
         raise
@@ -53,14 +57,14 @@ def before(
     measure: bool = True,
     executor: str | executors.Executor = "local",
 ) -> Ablation:
-    """The question with what a sweep knows before it begins: the noise floor and measured steps. What the folder has of these stays, so
-    that going on solves nothing anew. Writes nothing.
+    """The question with what a sweep must know before it is solved: measured steps. What the folder has of these stays, so that going on
+    solves nothing anew. Writes nothing.
 
     Raises:
         LabError: steps cannot be measured.
     """
     there = asked(folder, ablation.name)
-    update: dict[str, Any] = {"noise": there.get("noise") or {} if there else floor.known(folder, ablation)}
+    update: dict[str, Any] = {}
     if measure:
         update["measured"] = measured.clocks(
             ablation, rooms, threads(ablation, jobs, folder, rooms, executor), there.get("measured") or {}, say
@@ -68,6 +72,13 @@ def before(
     elif not ablation.measured:
         update["measured"] = there.get("measured") or {}
     return ablation.model_copy(update=update)
+
+
+def noise(ablation: Ablation, folder: Path, rooms: Rooms) -> dict[str, Any]:
+    """The noise floor that was known when the sweep began: what its folder has of it, else what is known now."""
+    if there := asked(folder, ablation.name):
+        return there.get("noise") or {}
+    return floor.known(folder, ablation, lambda: match.solve(ablation, rooms).configs[ablation.baseline], rooms.code)
 
 
 def asked(folder: Path, name: str) -> dict[str, Any]:
@@ -93,4 +104,4 @@ def _say(console: Any) -> Callable[[str], None]:
     return say
 
 
-__all__ = ["asked", "before", "run", "threads"]
+__all__ = ["asked", "before", "noise", "run", "threads"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import time
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 HEARTBEAT = 30.0  # seconds between lines when nothing changes and nobody sees a table
+QUICK, CHANGED, SAME = 0.25, 20, 100  # a table is drawn again after so many seconds, and after so many times what drawing it took: the
+# second where a job's status has changed, the third elsewhere, so that looking on takes a hundredth of a core from the jobs
 STYLE = {
     **{"finished": "green", "diverged": "magenta", "running": "cyan", "queued": "blue"},
     **{"failed": "red", "interrupted": "yellow", "planned": "dim"},
@@ -100,6 +103,7 @@ class Display:
         self._live: Live | None = None
         self._shown = {cell.name: cell.status for cell in cells}
         self._drawn = self._spoke = time.monotonic()
+        self._cost = 0.0  # seconds of the last drawing
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -109,14 +113,16 @@ class Display:
 
     def __exit__(self, *error: object) -> None:
         if self._live:
-            self._live.update(self._table(), refresh=True)
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.update(self._table(), refresh=True)
+                self._live.stop()
         else:
             self.update(force=True)
 
     def say(self, line: str) -> None:
         """One plain line, above the table when there is one."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # the terminal is gone; the jobs are not
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._spoke = time.monotonic()
 
     def prepare(self, text: str) -> None:
@@ -130,9 +136,12 @@ class Display:
     def update(self, force: bool = False) -> None:
         now = time.monotonic()
         if self._live:
-            if force or now - self._drawn > 0.25:
-                self._live.update(self._table(), refresh=True)
-                self._drawn = now
+            changed = any(cell.status != self._shown[cell.name] for cell in self.cells)
+            if force or now - self._drawn > max(QUICK, (CHANGED if changed else SAME) * self._cost):
+                with contextlib.suppress(OSError):
+                    self._live.update(self._table(), refresh=True)
+                self._shown = {cell.name: cell.status for cell in self.cells}
+                self._drawn, self._cost = time.monotonic(), time.monotonic() - now
             return
         for cell in self.cells:
             if cell.status != self._shown[cell.name]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat_lab.ablation import store
+from longcat_lab.ablation import ends, store
 from longcat_lab.ablation.match import Solution
 from longcat_lab.ablation.outcome import JobsFailed, LabInterrupted
 from longcat_lab.ablation.quantities import STEPS
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from longcat_lab.ablation.spec import Ablation, Tune
 
 HOME = "tuning"  # below the sweep's folder
+NAMED = 5  # failed jobs that one sentence names
+
+
+class TuningFailed(JobsFailed):
+    """Jobs of the tuning failed, so that nothing is chosen and no job of the question has begun. `folder` is the tuning's."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Of one arm: value -> mean of the metric over the tuning's seeds; only values whose jobs have all finished."""
+    """Of one arm: value -> mean of the metric over the tuning's seeds; only values at which none of its jobs diverged."""
 
     means: dict[float, float]
     lost: tuple[str, ...] = ()
@@ -81,14 +86,19 @@ def _steps(tune: Tune) -> dict[str, int]:
     return {} if tune.steps is None else {STEPS: tune.steps}
 
 
-def tuned(ablation: Ablation, solution: Solution, folder: Path, run: Callable[[Path, Path], Any], notebook: Path) -> Ablation:
+def tuned(
+    ablation: Ablation, solution: Solution, folder: Path, run: Callable[[Path, Path], Any], notebook: Path, again: str = ""
+) -> Ablation:
     """The question with the best value in each arm, after the sweep that finds it has run, or gone on.
 
     Args:
         run: runs the question file that it is given in the folder that it is given.
+        again: the command that goes on with the question itself.
 
     Raises:
-        LabError: the tuning was stopped, or an arm has no value at which all of its jobs finished.
+        LabInterrupted: the tuning was stopped.
+        TuningFailed: jobs of it failed. A choice made without them would be another one once they have run.
+        LabError: an arm has no value at which all of its jobs finished.
     """
     from longcat_lab.config.yaml import write_yaml
 
@@ -103,13 +113,26 @@ def tuned(ablation: Ablation, solution: Solution, folder: Path, run: Callable[[P
             raise LabInterrupted(
                 f"Stopped while tuning {ablation.tune.setting}, before the question's own jobs ({home}).", error.folder
             ) from None
-        except JobsFailed:  # a rate that is too high is a result: the value is not chosen
-            pass
+        except JobsFailed:
+            raise TuningFailed(_failed(ablation, home, again), home) from None
     return chosen(ablation, curves(ablation, home))
 
 
+def _failed(ablation: Ablation, home: Path, again: str) -> str:
+    """Which jobs, and what to do. The tuning's own driver names a file that is gone by now."""
+    results = store.load_results(home)
+    bad = results[~results["status"].isin(ends.SETTLED)]
+    jobs = [f"{row['variant']}/seed-{row['seed']}: {row['reason'] or row['status']}" for row in bad.to_dict("records")]
+    more = f"; and {len(jobs) - NAMED} more" if len(jobs) > NAMED else ""
+    return (
+        f"The tuning of {ablation.tune.setting} has failed, so nothing is chosen and no job of the question itself has begun: "
+        f"{len(jobs)} of its {len(results)} jobs did not finish ({'; '.join(jobs[:NAMED])}{more}); see job.log and notebook.ipynb in "
+        f"{home / 'jobs'}, and run them once more with: {again} (or take a value at which no job can run out of 'tune.values')."
+    )
+
+
 def curves(ablation: Ablation, home: Path) -> dict[str, Curve]:
-    """Arm -> what its values reached."""
+    """Arm -> what its values reached, once every job has finished or diverged. A rate that is too high is a result: it is left out."""
     results, tune = store.load_results(home), ablation.tune
     found = {}
     for arm in arms(ablation):

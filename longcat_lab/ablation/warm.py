@@ -32,8 +32,10 @@ IMPORTED = (
 )
 OURS = (
     *("matplotlib.figure", "pandas", "pyarrow.parquet", "torch", "torch._dynamo", "tqdm.auto"),
-    *("longcat_lab.workbench", "longcat_lab.budget", "longcat_lab.training.session", "longcat_lab.notebook"),
+    *("longcat_lab.workbench", "longcat_lab.budget", "longcat_lab.training.session", "longcat_lab.notebook.figures"),
 )
+IMPORTS = 900.0  # seconds in which everything must have been imported: network disks can be slow
+NEVER = "the process of which jobs are forks came to no end of its imports (resources.warm=false does without it)"
 PATIENCE = 60.0  # seconds until a process that was asked for a job has forked it, on a loaded machine
 
 
@@ -112,7 +114,7 @@ class Warm:
     """
 
     def __init__(self, environment: dict[str, str], ours: bool = True) -> None:
-        self.sources, self.count, self.ready = sources(), 0, False
+        self.sources, self.count, self.ready, self.started = sources(), 0, False, time.monotonic()
         self.waiting: dict[int, dict[str, Any]] = {}  # until it has imported everything
         self.told: dict[int, dict[str, Any]] = {}
         self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -151,13 +153,21 @@ class Warm:
     def close(self) -> None:
         """Ends it; jobs that run see it and end."""
         self.ours.close()
+        if not self.ready:  # it does not listen yet
+            self.process.kill()
         self.process.wait()
 
     def ask(self, number: int) -> dict[str, Any]:
         """What is known of a job: `pid`, then `status` or `error`."""
         self.listen()
         told = self.told[number]
-        if self.ours.fileno() < 0 and "status" not in told and not _lives(told.get("pid")):
+        if not self.ready and self.ours.fileno() >= 0 and time.monotonic() > self.started + IMPORTS:
+            self.close()
+        if self.ours.fileno() >= 0 or "status" in told or "error" in told:
+            return told
+        if "pid" not in told:
+            told |= {"error": "the process that was to fork it was killed", "lost": True} if self.ready else {"error": NEVER}
+        elif not _lives(told["pid"]):
             told["status"] = -signal.SIGKILL  # nobody is left who could say how it ended
         return told
 
@@ -190,6 +200,8 @@ class Forked:
     def __init__(self, warm: Warm, number: int) -> None:
         self.warm, self.number = warm, number
         self.status: int | None = None
+        self.error: str | None = None  # why it could not be started
+        self.lost = False  # because the process that was to fork it died
         self._pid: int | None = None
 
     @property
@@ -203,8 +215,8 @@ class Forked:
     def poll(self) -> int | None:
         if self.status is None:
             told = self.warm.ask(self.number)
-            self._pid = told.get("pid")
-            self.status = 1 if "error" in told else told.get("status")
+            self._pid, self.error, self.lost = told.get("pid"), told.get("error"), "lost" in told
+            self.status = 1 if self.error else told.get("status")
         if self.status is not None:
             self.warm.forget(self.number)
         return self.status
@@ -223,12 +235,12 @@ def sources() -> tuple[tuple[str, int, int], ...]:
     return tuple((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in found)
 
 
-def _lives(pid: int | None) -> bool:
-    if pid is None:
-        return False
-    with contextlib.suppress(OSError):
-        os.kill(pid, 0)
-        return True
+def _lives(pid: int) -> bool:
+    """Not one that is dead and was never waited for, as where the first process of a container waits for nobody."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
 
 

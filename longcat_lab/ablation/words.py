@@ -6,6 +6,7 @@ that into the sweep's folder.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -52,24 +53,33 @@ def spelled_out(data: dict[str, Any]) -> dict[str, Any]:
     if _whole(data):
         _control(data)
         _match(data)
-    elif isinstance(data.get("match"), str):  # what is wrong lies elsewhere, and is to be said first
-        data = {key: value for key, value in data.items() if key not in ("match", "free")}
+    else:  # what is wrong lies elsewhere, and is to be said first
+        data = {key: value for key, value in data.items() if key != "free" and not (key == "match" and isinstance(value, str))}
     return data
 
 
 def _text_keys(value: Any, at: tuple[Any, ...]) -> None:
-    """YAML reads the words no, off and 1 as something else than text."""
+    """YAML reads the words no, off and 1 as something else than text, and one half of a pair of UTF-16 as text, which no file can hold."""
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(f"'{'.'.join(map(str, at))}' holds half a character ({value!r}); write it anew.", at)
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         if isinstance(value, dict) and not isinstance(key, str):
             place = f" in '{'.'.join(map(str, at))}'" if at else ""
             raise ConfigError(f"the key {key!r}{place} is not text to YAML; put it in quotes.", (*at, key))
+        _text_keys(key, at)
         _text_keys(inner, (*at, key))
 
 
 def _whole(data: dict[str, Any]) -> bool:
-    """Whether variants and baseline are such that arms can be made of them; if not, the schema says why."""
-    variants = data.get("variants")
-    return isinstance(variants, dict) and all(isinstance(v, dict) for v in variants.values()) and data.get("baseline") in variants
+    """Whether everything is there that arms are made of, and of its type; if not, the schema says why."""
+    variants, off, baseline = data.get("variants"), data.get(SWITCH), data.get("baseline")
+    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
+        return False
+    if not isinstance(data.get("set"), dict | None) or not isinstance(data.get("control"), list | None):
+        return False
+    if off is not None and not (isinstance(off, dict) and all(isinstance(each, dict | None) for each in off.values())):
+        return False
+    return isinstance(baseline, str) and baseline in variants
 
 
 def _switches(data: dict[str, Any]) -> None:
@@ -78,6 +88,12 @@ def _switches(data: dict[str, Any]) -> None:
     if not isinstance(variants, dict) or not isinstance(known, dict):
         return
     inner = {name: values[SWITCH] for name, values in variants.items() if isinstance(values, dict) and SWITCH in values}
+    for name, values in inner.items():
+        if not isinstance(values, dict | None):
+            said = (
+                f"'variants.{name}.{SWITCH}': write the settings that switch it off, as in {{setting: value}}, got {reprlib.repr(values)}."
+            )
+            raise ConfigError(said, ("variants", name, SWITCH))
     if inner:
         data["variants"] = {k: {n: s for n, s in v.items() if n != SWITCH} if k in inner else v for k, v in variants.items()}
         data[SWITCH] = {**known, **inner}
@@ -172,7 +188,7 @@ def _switch(name: str, overrides: dict[str, Any], all_set: dict[str, Any]) -> di
         if key == NGRAM or key.startswith(f"{NGRAM}.") or (key == TABLE_RATE and any(k.startswith(NGRAM) for k in overrides)):
             whole = all_set.get(NGRAM)
             kind = all_set.get(f"{NGRAM}.kind") or (whole.get("kind") if isinstance(whole, dict) else None) or "ngram_embedding"
-            if kind in NGRAM_OFF:
+            if isinstance(kind, str) and kind in NGRAM_OFF:
                 found |= NGRAM_OFF[kind]
                 continue
         elif key == MTP or key.startswith(f"{MTP}."):

@@ -98,7 +98,8 @@ def differences(
                 axes.plot([c.low, c.high], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
             axes.plot(c.mean, row, "o", color=colour, markersize=7, gid=mean)
             axes.plot(list(c.differences), [row + 0.22] * c.n, "|", color=colour, markersize=9, gid=seeds)
-        axes.set_yticks(range(len(rows)), [f"{c.better} − {c.than}\n{said}" for c, said in rows])
+        labels = [f"{c.better} − {c.than}\n{said}" + (f"\n{c.divergence}" if c.divergence else "") for c, said in rows]
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.set_xlabel(f"difference in {metric}, paired by seed (left of the grey band: better by an amount that matters)")

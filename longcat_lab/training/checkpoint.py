@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from longcat_lab.blocks.table import Table
+from longcat_lab.files import remove_temporary
 from longcat_lab.parallel import placement
 from longcat_lab.parallel.checkpoint import (
     Checkpoints,
@@ -72,5 +73,4 @@ def remove_leftovers(folder: Path) -> None:
     """What a killed run was writing; the caller holds the folder's lock."""
     for path in folder.glob(".checkpoint-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f".{WEIGHTS}.*.tmp"):
-        path.unlink(missing_ok=True)
+    remove_temporary(folder, (WEIGHTS, "run.json", "progress.json", "metrics.*"))

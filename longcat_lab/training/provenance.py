@@ -100,16 +100,33 @@ def _plainly(value: Any) -> str:
     return repr(value) if value is None or isinstance(value, (*PLAIN, bytes, complex)) else type(value).__qualname__
 
 
-def identity(config: RunConfig) -> str:
+def data_key(config: RunConfig) -> str:
+    """Configurations with equal keys share one prepared corpus: the order of its sequences makes no other one."""
+    return json.dumps([{**config.data.to_dict(), "seed": None}, config.model.vocab_size], sort_keys=True)
+
+
+def identity(config: RunConfig, known: dict[str, Any] | None = None) -> str:
     """Name of a run: hash of its resolved configuration, its data, and the code that decides its numbers.
 
     Without tracking, without the layout over processes, and without the paths of plugins, whose classes' code counts.
 
     Prepares the data if this has not been done; that is the only slow part, and happens once.
+
+    Args:
+        known: shared by the configurations of one moment, of a sweep's jobs say: what their seeds do not change is then looked up once.
+            Not to be kept: files and classes may be other ones a moment later.
     """
+    known = {} if known is None else known
     resolved = {key: value for key, value in config.to_dict().items() if key not in ("tracking", "parallel", "plugins")}
-    corpus = prepare(config.data, config.model.vocab_size)
-    text = json.dumps([resolved, corpus.hash, code_hash(), blocks_of_ones_own(config)], sort_keys=True)
+    data = data_key(config)
+    if data not in known:
+        known[data] = prepare(config.data, config.model.vocab_size).hash
+    # By text, then as nodes: a class that was defined anew has the same settings, and another name for the run.
+    alike = known.setdefault(json.dumps(resolved["model"], sort_keys=True), [])
+    own = next((own for model, own in alike if model == config.model), None)
+    if own is None:
+        alike.append((config.model, own := blocks_of_ones_own(config)))
+    text = json.dumps([resolved, known[data], code_hash(), own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -56,7 +56,7 @@ def totals(config: Config) -> dict[str, float]:
     }
 
 
-def identity(config: Config) -> str:
+def identity(config: Config, known: Any = None) -> str:
     return hashlib.sha256((json.dumps(config.to_dict(), sort_keys=True) + os.environ.get("FAKE_CODE", "")).encode()).hexdigest()[:12]
 
 

@@ -75,7 +75,7 @@ def test_sweep_resumes_by_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("FAKE_CODE", "edited")
     run(question, out, rooms=FAKE, executor=jobs, console=console)
     assert len(jobs.ran) == 12
-    assert "6 of 6 jobs run anew: their configuration, data or code changed" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "6 of 6 jobs run anew: their configuration, data, notebook or code changed" in console.file.getvalue()  # type: ignore[attr-defined]
     # One more seed: only that one.
     more = run(question, out, rooms=FAKE, executor=jobs, console=console, overrides=["ablation.seeds=[0, 1]", "ablation.tuned=nothing"])
     assert more == out and len(jobs.ran) == 12 and len(load_results(out)) == 4

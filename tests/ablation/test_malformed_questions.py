@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from longcat_lab.ablation import Ablation, places, read
+from longcat_lab.ablation.jobs import find_notebook
+from longcat_lab.ablation.words import SHORT
 from longcat_lab.cli.main import main
+from longcat_lab.errors import LabError
+
+RUN, RULE = (Path(__file__).parents[2] / name for name in ("notebooks/run.ipynb", "examples/plugins/rule.py"))
 
 GOOD = """\
 name: small
@@ -37,6 +46,9 @@ claims:
     than: plain
 """
 
+MATCH = "match:\n  - quantity: total_params\n    reference: plain\n    variants: []"
+RATE = "training.optimizer.learning_rate"
+
 # What is replaced by what; the line that must be named; a part of the sentence.
 CASES = [
     ("seeds:", "sedes:", 15, "Unknown key 'sedes', did you mean 'seeds'?"),
@@ -52,10 +64,19 @@ CASES = [
     ("training.steps: 12", "1: 12", 6, "the key 1 in 'set' is not text to YAML; put it in quotes."),
     ("order: 3", "order: 99999999999999999999999", 11, "model.embedding.ngram.order"),
     ("base: tiny", "base: tinny", 4, "There is no preset 'tinny', did you mean 'tiny'?"),
-    ("base: tiny", "base: ../gone/x.yaml", 4, "cannot be read"),
+    ("base: tiny", "base: gone/x.yaml", 4, "cannot be read"),
+    ("base: tiny", "base: ../out.yaml", 4, "'base' names ../out.yaml, which leads out of the question's folder"),
+    ("base: tiny", "base: a/../../out.yaml", 4, "which leads out"),
+    ("base: tiny", "base: link.yaml", 4, "which leads out"),
+    ("base: tiny", 'base: "a\\0b.yaml"', 4, "'base' names 'a\\x00b.yaml', and no path holds that character."),
+    ("base: tiny", f"base: {'x' * 300}.yaml", 4, "cannot be read"),
     ("base: tiny", "base: [tiny]", 4, "'base': input should be a valid string"),
     ("baseline: plain", "baseline: plane", 7, "'baseline' names 'plane', which is not a variant, did you mean 'plain'?"),
     ("baseline: plain", "baseline: bare", 7, "which is evaluated and not trained"),
+    ("baseline: plain", "baseline: [plain]", 7, "'baseline': input should be a valid string, got ['plain']."),
+    ("baseline: plain", "baseline: {plain: 1}", 7, "'baseline': input should be a valid string"),
+    ("set:\n  training.steps: 12", "control: feature_off\nset: [a]", 6, "'set': input should be a valid dictionary, got ['a']."),
+    ("training.steps: 12", "model.embedding.ngram.kind: [x]\ncontrol: feature_off", 11, "in 'ngram': name it (switch_off:"),
     ("  plain: {}\n", "  plain: {}\n  plain: {}\n", 10, "the key 'plain' is there twice, first in line 9"),
     ("  plain: {}\n", "  plain: {}\n  no: {}\n", 10, "the key False in 'variants' is not text"),
     ("  plain: {}", "  plain: 7", 9, "'variants.plain': input should be a valid dictionary, got 7."),
@@ -88,12 +109,40 @@ CASES = [
     ("metric: validation_bpb", "metric: [a]", 20, "'metric': input should be a valid string"),
     ("metric: validation_bpb", "control: a_b", 20, "'control' knows no 'a_b', did you mean 'a_a'?"),
     ("metric: validation_bpb", "control: feature_off", 12, "knows no switch for what model.num_layers does in 'other'"),
-    ("metric: validation_bpb", "notebook: ../gone.ipynb", 20, "The notebook of 'small' is not there"),
+    ("metric: validation_bpb", "control: 5", 20, "'control': input should be a valid list, got 5."),
+    ("metric: validation_bpb", "control: true", 20, "'control': input should be a valid list, got True."),
+    ("metric: validation_bpb", "control: feature_off\nswitch_off: {ngram: 5}", 21, "'switch_off.ngram': input should be a valid"),
+    ("layers: 2}", "layers: 2, switch_off: 5}", 12, "'variants.other.switch_off': write the settings that switch it off"),
+    (MATCH, "match: flops\nfree: training.steps\ncontrol: 5", 18, "'control': input should be a valid list, got 5."),
+    ("metric: validation_bpb", "notebook: gone.ipynb", 20, "The notebook of 'small' is not there"),
+    ("metric: validation_bpb", "notebook: ../out.ipynb", 20, "'notebook' names ../out.ipynb, which leads out of the question's folder"),
+    ("metric: validation_bpb", "notebook: link.ipynb", 20, "which leads out"),
+    ("metric: validation_bpb", "notebook: q.yaml", 20, "q.yaml is no notebook: name a file that Jupyter has written"),
+    ("metric: validation_bpb", "notebook: list.ipynb", 20, "list.ipynb is no notebook"),
+    ("metric: validation_bpb", "notebook: a", 20, "The notebook of 'small' is not there"),
+    ("metric: validation_bpb", f"notebook: {'x' * 300}", 20, "The notebook of 'small' is not there"),
+    ("metric: validation_bpb", 'notebook: "a\\0b.ipynb"', 20, "no path holds that character"),
     ("metric: validation_bpb", "plugins: [gone.py]", 20, "cannot be read"),
+    ("metric: validation_bpb", "plugins:\n  - ../out.py", 21, "'plugins' names ../out.py, which leads out of the question's folder"),
+    ("metric: validation_bpb", 'plugins: ["a\\0b.py"]', 20, "no path holds that character"),
+    ("metric: validation_bpb", "plugins: [~nosuch/x.py]", 20, "cannot be read"),
+    ("metric: validation_bpb", f"plugins: [{'x' * 300}.py]", 20, "'plugins' cannot be looked for: File name too long."),
+    ("metric: validation_bpb", "compare_with: a", 20, "which is no sweep's folder: it has no ablation.yaml."),
+    ("metric: validation_bpb", "compare_with: ..", 20, "which is no sweep's folder"),
+    ("metric: validation_bpb", "compare_with: q.yaml", 20, "which is no sweep's folder"),
+    ("metric: validation_bpb", 'compare_with: "a\\0b"', 20, "no path holds that character"),
+    ("question: Is it so?", 'question: "\\ud800"', 2, "'question' holds half a character"),
     ("metric: validation_bpb", "free: training.steps", 20, "'free' goes with one word of 'match'"),
     ("metric: validation_bpb", "tune: {setting: a, values: [1, 2], seeds: [2]}", 20, "both have 2: what is chosen on a seed"),
     ("metric: validation_bpb", "tune: {setting: a, values: [1], seeds: [5]}", 20, "'tune.values': list should have at least 2 items"),
+    ("metric: validation_bpb", f"tune: {{setting: {RATE[:-1]}, values: [1, 2], seeds: [9]}}", 20, "did you mean 'learning_rate'?"),
+    ("metric: validation_bpb", f"tune:\n  values: [1, 2]\n  seeds: [9]\n  setting: {RATE[:-1]}", 23, "of 'plain' to 1: Unknown key"),
+    ("metric: validation_bpb", f"tune:\n  setting: {RATE}\n  values:\n  - 1\n  - -2\n  seeds: [9]", 24, "greater than 0, got -2"),
+    ("metric: validation_bpb", "tune: {setting: training.device, values: [1, 2], seeds: [9]}", 20, "'training.device': input should be"),
     ("metric: validation_bpb", "resources: {memory: much}", 20, "resources.memory"),
+    ("metric: validation_bpb", f"resources: {{memory: {'9' * 90} GB}}", 20, "'resources.memory': should be at most 10,000 TB"),
+    ("metric: validation_bpb", f"resources: {{memory: {'9' * 400} GB}}", 20, "such as '8 GB' or '512 MB', got 403 characters"),
+    ("metric: validation_bpb", f"resources: {{time: {'9' * 90} h}}", 20, "'resources.time': should be at most 10,000 d"),
     ("metric: validation_bpb", "measured: {plain: {points: [[0, x]]}}", 20, "'measured.plain.mark' is missing."),
     ("metric: validation_bpb", "tuning: {setting: a}", 20, "'tuning.metric' is missing."),
     ("better: other", "better: othre", 24, "claim 2 ('better') names 'othre'"),
@@ -141,19 +190,155 @@ def ask(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     return end.value.code, found.err
 
 
+def place(tmp_path: Path) -> Path:
+    """The folder of the question, with what it must not name in it and around it."""
+    home = tmp_path / "here"
+    (home / "a").mkdir(parents=True)
+    (home / "a" / "file").touch()
+    (home / "list.ipynb").write_text("[]")
+    for name, text in (("out.yaml", "{}"), ("out.ipynb", RUN.read_text(encoding="utf-8")), ("out.py", RULE.read_text(encoding="utf-8"))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (home / name.replace("out", "link")).symlink_to(tmp_path / name)
+    return home
+
+
+def all_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize(("content", "line", "sentence"), [
     *[(GOOD.replace(old, new, 1).encode(), line, sentence) for old, new, line, sentence in CASES],
     *FILES,
 ], ids=[*(f"{i}-{sentence[:40]}" for i, (_, _, _, sentence) in enumerate(CASES)), *(f"file-{i}" for i in range(len(FILES)))])  # fmt: skip
 def test_one_sentence_with_the_line(tmp_path: Path, monkeypatch, capsys, content: bytes, line: int, sentence: str) -> None:
     assert content != GOOD.encode(), "the case changes nothing"
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "q.yaml").write_bytes(content)
+    monkeypatch.chdir(home := place(tmp_path))
+    (home / "q.yaml").write_bytes(content)
+    before = all_in(tmp_path)
     code, said = ask(monkeypatch, capsys, "run", "q.yaml")
     assert code == 2 and said.count("\n") == 1, said
-    assert said.startswith(f"longcat-lab: q.yaml, line {line}"), said
+    assert re.match(rf"longcat-lab: q.yaml, line {line}\b", said), said
     assert sentence in said, said
-    assert [path.name for path in tmp_path.iterdir()] == ["q.yaml"]
+    assert all_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "base: ../out.yaml",
+        "notebook: ../out.ipynb",
+        "plugins: [../out.py]",
+        "compare_with: a",
+        "tune: {setting: a, values: [1, 2], seeds: [9]}",
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(tmp_path: Path, monkeypatch, capsys, line: str) -> None:
+    monkeypatch.chdir(home := place(tmp_path))
+    key = line.partition(":")[0]
+    (home / "q.yaml").write_text("".join(each for each in GOOD.splitlines(True) if not each.startswith(f"{key}:")) + line + "\n")
+    code, said = ask(monkeypatch, capsys, "run", "q.yaml", "--plan", "--no-measure")
+    assert code == 2 and re.match(rf"longcat-lab: q.yaml, line \d+: '{key}' ", said), said
+
+
+def test_a_path_in_full_and_one_into_the_working_folder_hide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = place(tmp_path)
+    (tmp_path / "out.yaml").write_text("model: {num_layers: 1}\n")
+
+    def asked(base: str, notebook: str, plugin: str) -> tuple[str, Path, list[str]]:
+        more = f"notebook: {notebook}\nplugins: ['{plugin}']\n"
+        (home / "q.yaml").write_text(GOOD.replace("base: tiny", f"base: {base}") + more)
+        a = read(home / "q.yaml")
+        assert places.check(a) == [] and not a.at("base").endswith("line 1: ")
+        return a.base, find_notebook(a, home / "q.yaml"), a.plugins
+
+    meant = (str(tmp_path / "out.yaml"), tmp_path / "out.ipynb", [str(tmp_path / "out.py")])
+    monkeypatch.chdir(home)
+    assert asked(*(str(tmp_path / f"out.{kind}") for kind in ("yaml", "ipynb", "py"))) == meant
+    monkeypatch.chdir(tmp_path)
+    assert asked("../out.yaml", "../out.ipynb", "../out.py") == meant
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    with pytest.raises(LabError, match=r"q.yaml, line 4: 'base' names ../out.yaml, which leads out"):
+        asked("../out.yaml", "../out.ipynb", "../out.py")
+
+
+def test_a_place_outside_is_not_taken_where_one_inside_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`../x.yaml` is x.yaml in the working folder to a question below it, and never the one beside the working folder."""
+    work = tmp_path / "work"
+    (work / "questions").mkdir(parents=True)
+    for name in ("x.yaml", "x.ipynb", "x.py"):
+        (tmp_path / name).write_text('{"nbformat": 4, "cells": []}')
+    (work / "questions" / "q.yaml").write_text(GOOD.replace("base: tiny", "base: ../x.yaml\nnotebook: ../x.ipynb\nplugins: [../x.py]"))
+    monkeypatch.chdir(work)
+    a = read("questions/q.yaml")
+    with pytest.raises(LabError, match=r"q.yaml, line 4: 'base' names ../x.yaml, which leads out"):
+        places.check(a)
+    with pytest.raises(LabError, match=r"q.yaml, line 5: 'notebook' names ../x.ipynb, which leads out"):
+        find_notebook(a, "questions/q.yaml")
+    for name in ("x.yaml", "x.ipynb", "x.py"):
+        (work / name).write_text('{"nbformat": 4, "cells": []}')
+    a = read("questions/q.yaml")
+    assert places.check(a) == [] and find_notebook(a, "questions/q.yaml") == work / "x.ipynb"
+    assert a.base == str(work / "x.yaml") and a.plugins == [str(work / "x.py")]
+
+
+def test_what_is_read_back_is_never_refused_for_where_somebody_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = place(tmp_path)
+    (home / "q.yaml").write_text(
+        GOOD.replace("base: tiny", "base: ../out.yaml\nnotebook: ../out.ipynb\nplugins: [../out.py]\ncompare_with: a")
+    )
+    monkeypatch.chdir(home)
+    a = read("q.yaml")
+    assert (a.base, a.notebook, a.plugins) == (str(tmp_path / "out.yaml"), "../out.ipynb", [str(tmp_path / "out.py")])
+    with pytest.raises(LabError, match=r"q.yaml, line 4: 'base' names"):
+        places.check(a)
+
+
+def test_a_sweep_to_compare_with_may_come_later_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.yaml").write_text(GOOD + "compare_with: runs/other\n")
+    said = "compare_with: runs/other holds no sweep yet; the order of the arms is compared once it has results."
+    assert places.check(read("q.yaml")) == [said]
+    monkeypatch.setattr(sys, "argv", ["longcat-lab", "run", "q.yaml", "--plan", "--no-measure"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code and said in capsys.readouterr().out.splitlines()
+    (tmp_path / "runs" / "other" / "tuning").mkdir(parents=True)
+    assert places.check(read("q.yaml"))[0].endswith("once it has results."), "it is tuning"
+    (tmp_path / "runs" / "other" / "ablation.yaml").touch()
+    assert places.check(read("q.yaml")) == []
+
+
+ODD: list[Any] = [None, 5, True, -1.5, 10**400, "x", "", "a\0b", [], [1], [None], [[]], {}, {"a": None}, {"plain": 5}, {"ngram": [1]}]
+WORDS: list[dict[str, Any]] = [
+    {},
+    {"control": ["a_a", "feature_off", "shuffled_tokens"], "switch_off": {"other": None}},
+    {"match": "flops", "free": "training.steps"},
+]
+
+
+@pytest.mark.parametrize("words", WORDS, ids=["plain", "controls", "matched"])
+def test_no_value_of_no_key_is_more_than_a_sentence(words: dict[str, Any]) -> None:
+    good = {key: value for key, value in yaml.safe_load(GOOD).items() if key != "match"} | words
+    refused = 0
+    for key in (*Ablation.model_fields, *SHORT):
+        inner = Ablation.model_fields.get(key)
+        below = list(getattr(inner and inner.annotation, "model_fields", {}))  # resources
+        for odd in [*ODD, *({each: value} for each in below for value in ODD)]:
+            try:
+                places.check(read({**good, key: odd}))
+            except LabError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > 400
+
+
+@pytest.mark.parametrize("resources", ["[1]", "5", "x"])
+def test_an_override_below_what_is_no_mapping(tmp_path: Path, monkeypatch, capsys, resources: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.yaml").write_text(GOOD + f"resources: {resources}\n")
+    code, said = ask(monkeypatch, capsys, "run", "q.yaml", "ablation.resources.cards=8")
+    assert code == 2 and "q.yaml, line 26: 'resources'" in said, said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -12,14 +13,15 @@ import numpy as np
 import pytest
 from fake_rooms import PARAMETERS, write_notebook
 from scipy import stats
-from worded import ROOMS, finish, write
+from worded import ROOMS, Worded, finish, write
 
 from longcat_lab.ablation import floor, forecast, rank_agreement, read, solve, store, summary
 from longcat_lab.ablation.paired import least_p, resolvable, seeds_needed, sign_flips
 from longcat_lab.ablation.ranks import agreement
 from longcat_lab.ablation.statistics import judge
-from longcat_lab.ablation.sweep import before
+from longcat_lab.ablation.sweep import before, noise
 from longcat_lab.errors import LabError
+from longcat_lab.node import validate_node
 
 ARMS: dict[str, Any] = {
     "plain": {"model.width": 512},
@@ -35,6 +37,7 @@ def begun(folder: Path, values: dict[str, list[float]], **more: Any) -> Path:
     a = read(path)
     home = folder / "runs" / a.name
     a = before(a, home, ROOMS, 1, lambda line: None)
+    a = a.model_copy(update={"noise": noise(a, home, ROOMS)})
     store.write_question(home, a, solve(a, ROOMS))
     finish(home, values)
     return home
@@ -154,17 +157,18 @@ def test_jobs_of_a_cluster_are_not_held_to_what_this_machine_has(tmp_path: Path)
 def test_the_floor_is_kept_and_the_next_sweep_knows_it(tmp_path: Path) -> None:
     values = {"plain": [2.0, 2.1, 1.9, 2.05], "a_a": [2.004, 2.098, 1.905, 2.049], "deep": [1.9, 2.0, 1.8, 1.9]}
     first = begun(tmp_path / "one", values, seeds=[0, 1, 2, 3], control="a_a", name="first")
-    assert not floor.known(first, read(first / "ablation.yaml"))
+    assert not known(first, read(first / "ablation.yaml"))
     [entry] = floor.keep(first)
     sd = float(np.std([0.004, -0.002, 0.005, -0.001], ddof=1))
     assert entry == {
         "preset": "small",
         "metric": "validation_bpb",
-        "steps": 7,
+        "steps": 200,
         "n": 4,
         "sd": pytest.approx(sd),
         "sweep": "first",
         "code": "c0de",
+        "fingerprint": floor.fingerprint(solve(read(first / "ablation.yaml"), ROOMS).configs["plain"].to_dict()),
     }
     floor.keep(first)
     assert len(json.loads((first.parent / "noise.json").read_text())) == 1, "the same sweep is filed once"
@@ -173,7 +177,8 @@ def test_the_floor_is_kept_and_the_next_sweep_knows_it(tmp_path: Path) -> None:
         "Control a_a" in line and "passed" in line and f"noise floor is this sd of a pair's difference: {sd:.3g}" in line for line in said
     )
 
-    path = write(tmp_path / "one", ARMS, seeds=[0, 1, 2], name="second", smallest_effect=0.001, claims=CLAIMS)
+    arms = {name: {**values, "model.width": 64} for name, values in ARMS.items()}
+    path = write(tmp_path / "one", arms, seeds=[0, 1, 2], name="second", smallest_effect=0.001, claims=CLAIMS)
     plan = forecast(path, first.parent / "second", measure=False, rooms=ROOMS)
     assert plan.resolvable == pytest.approx(resolvable(3, sd, 0.025)) and plan.seeds_needed == seeds_needed(0.001, sd, 0.025)
     assert any("Noise known so far: sd" in line and "sweep first" in line for line in plan.lines)
@@ -185,6 +190,75 @@ def test_the_floor_is_kept_and_the_next_sweep_knows_it(tmp_path: Path) -> None:
     assert any(line.startswith(words) for line in summary(store.load_results(elsewhere), read(elsewhere / "ablation.yaml")).lines)
 
 
+def known(folder: Path, a: Any, code: str = "c0de") -> dict[str, Any]:
+    return floor.known(folder, a, lambda: solve(a, ROOMS).configs[a.baseline], lambda: code)
+
+
+OTHER = "of another model or length"
+
+
+@pytest.mark.parametrize(
+    ("changed", "entry", "words"),
+    [
+        ({}, {}, ""),
+        ({"data.seed": 5, "training.threads": 4}, {}, ""),
+        ({}, {"code": "older"}, "of other code"),
+        ({"model.depth": 24}, {}, OTHER),
+        ({"training.steps": 20000}, {}, OTHER),
+        ({"training.steps": 20000}, {"code": "older"}, OTHER),
+        ({}, {"fingerprint": None}, "of an unknown model or length"),
+        ({}, {"fingerprint": [1]}, "of an unknown model or length"),
+    ],
+)
+def test_a_floor_of_something_else_is_told_and_nothing_follows_from_it(
+    tmp_path: Path, changed: dict[str, Any], entry: dict[str, Any], words: str
+) -> None:
+    values = {"plain": [2.0, 2.1, 1.9], "a_a": [2.004, 2.098, 1.905]}
+    first = begun(tmp_path, values, seeds=[0, 1, 2], control="a_a", name="first")
+    [filed] = floor.keep(first)
+    filed = {key: value for key, value in (filed | entry).items() if value is not None}  # older entries have no fingerprint
+    (first.parent / "noise.json").write_text(json.dumps([filed]))
+    more = {"seeds": [0, 1, 2], "name": "second", "smallest_effect": 1e-6, "set": changed}
+    path, home = write(tmp_path, {"plain": {}, "deep": {"model.depth": 3}}, **more), first.parent / "second"
+    plan = forecast(path, home, measure=False, rooms=ROOMS)
+    text = "\n".join(plan.lines)
+    if not words:
+        assert plan.resolvable == pytest.approx(resolvable(3, filed["sd"])) and "out of reach" in text and OTHER not in text
+    else:
+        assert math.isnan(plan.resolvable) and plan.seeds_needed is None and "out of reach" not in text
+        assert f"at small is known {words} alone (sd {filed['sd']:.3g} of a pair's" in text and "control: a_a adds the arm" in text
+    second = begun(tmp_path, {"plain": [1.0] * 3, "deep": [1.0] * 3}, **more)
+    said = f"known of small when this sweep began{f', {words}' if words else ''}: sd {filed['sd']:.3g}"
+    assert any(said in line for line in summary(store.load_results(second), read(second / "ablation.yaml")).lines)
+
+
+def test_of_several_floors_the_one_of_the_same_model_counts(tmp_path: Path) -> None:
+    """However few its pairs are; and two files of one name are two models."""
+    for folder, width in (("one", 64), ("two", 128)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text(json.dumps({"model": {"width": width}}))
+    rooms = dataclasses.replace(ROOMS, load=lambda base: validate_node(Worded, json.loads(Path(base).read_text())))
+    one, two = (read(write(tmp_path / folder, {"plain": {}}, base="mine.yaml", name=folder)) for folder in ("one", "two"))
+    configs = {a.name: solve(a, rooms).configs["plain"] for a in (one, two)}
+    entries = [
+        {"preset": "mine", "metric": "validation_bpb", "n": n, "sd": sd, "sweep": sweep, "code": "c0de", "fingerprint": mark}
+        for n, sd, sweep, mark in (
+            (9, 0.9, "far", floor.fingerprint(configs["two"].to_dict())),
+            (3, 0.3, "near", floor.fingerprint(configs["one"].to_dict())),
+            (40, 0.4, "old", None),
+        )
+    ]
+    (tmp_path / "noise.json").write_text(json.dumps(entries))
+
+    def found(a: Any) -> tuple[str, str]:
+        entry = floor.known(tmp_path / "new", a, lambda: configs[a.name], lambda: "c0de")
+        return entry["sweep"], entry["about"]
+
+    assert found(one) == ("near", "same") and found(two) == ("far", "same")
+    (tmp_path / "noise.json").write_text(json.dumps(entries[:1] + entries[2:]))
+    assert found(one) == ("far", "other")
+
+
 def test_a_floor_that_somebody_broke_is_none(tmp_path: Path) -> None:
     a = read(write(tmp_path, ARMS))
     for text in (
@@ -194,7 +268,7 @@ def test_a_floor_that_somebody_broke_is_none(tmp_path: Path) -> None:
         '[{"preset": "small", "metric": "validation_bpb", "sweep": "x", "n": 3, "sd": -1}]',
     ):
         (tmp_path / "noise.json").write_text(text)
-        assert floor.known(tmp_path / "demo", a) == {}
+        assert known(tmp_path / "demo", a) == {}
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,26 @@ def test_controls_become_arms_and_stay_when_the_question_is_read_again() -> None
     assert matched.match[0].free.keys() == {"deep", "many"} and matched.held_by(matched.match[0]) == ["deep", "many"]
 
 
+def test_controls_move_with_the_baseline() -> None:
+    """A rule that moves it moves what should equal it; what a rule moves in a variant is not the feature-off arm's."""
+    arms = {"plain": {}, "deep": {"model.depth": 3}}
+    rule = {"quantity": "active_params", "reference": "deep", "tolerance": 0.05, "free": {"plain": "model.width"}}
+    a = question(arms, match=[rule], control=["a_a", "feature_off"], switch_off={"deep": {"model.depth": 2}})
+    found = solve(a, ROOMS)
+    width = found.moved["plain"]["model.width"]
+    assert width > 64 and found.moved == {"plain": {"model.width": width}, "deep": {}, "a_a": {"model.width": width},
+                                          "deep_off": {"model.width": width}}  # fmt: skip
+    assert found.configs["plain"] == found.configs["a_a"] == found.configs["deep_off"]
+    again = solve(
+        read({**a.to_dict(), "variants": {n: {**o, **found.moved[n]} for n, o in a.variants.items()}, "solved": {"plain": {}}}), ROOMS
+    )
+    assert again.configs == found.configs, "as it is written into the folder"
+    arms = {"plain": {"model.width": 512}, "deep": {"model.width": 512, "model.depth": 3}}
+    other = question(arms, match="active_params", free="model.width", control="feature_off", switch_off={"deep": {"model.depth": 2}})
+    found = solve(other, ROOMS)
+    assert found.moved["deep"] and not found.moved["deep_off"] and found.configs["deep_off"] == found.configs["plain"]
+
+
 def test_known_switches() -> None:
     arms = {"plain": {}, "ngram": {"model.embedding.ngram.order": 3, "training.optimizer.table_lr_multiplier": 4.0},
             "mtp": {"model.mtp.num_nextn_predict_layers": 2}}  # fmt: skip
@@ -155,6 +175,24 @@ def test_seeds_and_data_seeds_are_separate(tmp_path: Path) -> None:
     again = drawn(seeds=[5, 6], control="a_a")
     assert again["a_a/seed-5"][1] == 5 and again["a_a/seed-5"][0] not in (5, 6), "other initial values on the same order of the data"
     assert again["plain/seed-5"] == (5, None) and again["a_a/seed-5"][0] != again["a_a/seed-6"][0]
+
+
+@pytest.mark.parametrize("where", ["set", "variants", "base"])
+def test_an_order_of_the_data_that_is_fixed_is_the_a_a_arms_too(tmp_path: Path, where: str) -> None:
+    rooms, more = ROOMS, {"set": {"data.seed": 5}} if where == "set" else {}
+    if where == "base":
+        rooms = dataclasses.replace(ROOMS, load=lambda base: ROOMS.apply(ROOMS.load("small"), {"data.seed": 5}))
+    arms = {"plain": {"data.seed": 5} if where == "variants" else {}, "deep": {"model.depth": 3}}
+
+    def orders(**asked: Any) -> dict[str, list[int | None]]:
+        a = question(arms, seeds=[0, 1, 2], control="a_a", **more, **asked)
+        jobs = plan(a, solve(a, rooms), tmp_path, tmp_path / "n.ipynb", rooms)
+        return {name: [job.config.data.seed for job in jobs if job.variant == name] for name in a.variants}
+
+    found = orders()
+    assert found["plain"] == found["a_a"] == [5, 5, 5] and found["deep"] == ([None] * 3 if where == "variants" else [5, 5, 5])
+    if where == "base":  # the other two are refused
+        assert {tuple(each) for each in orders(data_seeds=[5, 0, 7]).values()} == {(5, 0, 7)}
 
 
 def test_pairs_share_batches_and_initial_values_bit_for_bit(tmp_path: Path) -> None:

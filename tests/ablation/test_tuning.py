@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fake_rooms
 import pytest
 from rich.console import Console
-from worded import ROOMS, write
+from worded import JOB, ROOMS, write
 
 from longcat_lab.ablation import LabInterrupted, forecast, load_results, read, read_sweep, register_executor, run, solve, summary, tuning
 from longcat_lab.ablation.executors import EXECUTORS
@@ -64,6 +65,58 @@ def test_stopped_while_tuning_says_how_to_go_on(tmp_path: Path) -> None:
         f"--out {home} --jobs 2 --executor interrupted ablation.smallest_effect=0.2"
     )
     assert stopped.value.folder == home
+
+
+def test_a_job_of_the_tuning_that_was_killed_is_no_result(tmp_path: Path) -> None:
+    """Nothing is chosen without it, nothing of the question runs, and the next run goes on from what is there."""
+    from longcat_lab.ablation import JobsFailed
+
+    path = write(tmp_path, {"b": {"effect": -0.1}}, tune={**TUNE, "values": [1.0, 2.0]}, seeds=[0])
+    home, first = tmp_path / "runs" / "demo", tmp_path / "first"
+    first.touch()
+    kill = f"""
+import os, signal
+from pathlib import Path
+if "tuning/jobs/b_2" in job_folder and Path({str(first)!r}).exists():
+    os.unlink({str(first)!r})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    fake_rooms.write_notebook(tmp_path / "job.ipynb", 'job_folder = ""', kill, JOB)
+    with pytest.raises(JobsFailed) as failed:
+        run(path, home, 2, ["ablation.smallest_effect=0.2"], rooms=ROOMS, console=Console(file=io.StringIO()))
+    said = str(failed.value)
+    start = "The tuning of training.rate has failed, so nothing is chosen and no job of the question itself has begun: 1 of its 2 jobs"
+    assert said.startswith(f"{start} did not finish (b_2/seed-100: ") and "\n" not in said
+    assert f"run them once more with: longcat-lab run {path} --out {home} --jobs 2 ablation.smallest_effect=0.2 (or " in said
+    assert failed.value.folder == home / "tuning" and [each.name for each in home.iterdir()] == ["tuning"]
+    assert load_results(home / "tuning").set_index("variant")["status"].to_dict() == {"b_1": "finished", "b_2": "failed"}
+    plan = forecast(path, home, measure=False, rooms=ROOMS)
+    assert any("2 jobs: 1 done, 1 to do" in line for line in plan.lines)
+
+    done = home / "tuning" / "jobs" / "b_1" / "seed-100" / "notebook.ipynb"
+    stamp = done.stat().st_mtime_ns
+    assert run(path, home, 2, rooms=ROOMS, console=Console(file=io.StringIO())) == home
+    assert done.stat().st_mtime_ns == stamp
+    assert read_sweep(home).ablation.tuning["chosen"] == {"b": 2.0} and not (home / "superseded").exists()
+
+
+def test_a_value_at_which_a_job_diverges_is_left_out(tmp_path: Path) -> None:
+    """That is a result, and the question goes on without the value."""
+    path = write(tmp_path, {"b": {"effect": -0.1}}, tune={**TUNE, "values": [1.0, 2.0]}, seeds=[0])
+    home = tmp_path / "runs" / "demo"
+    diverge = """
+import json
+from pathlib import Path
+record = json.loads((Path(job_folder) / "run.json").read_text())
+if "tuning/jobs/b_2" in job_folder:
+    (Path(job_folder) / "run.json").write_text(json.dumps({**record, "status": "diverged", "reason": "loss nan", "final": {}}))
+    raise ArithmeticError("The loss is nan.")
+"""
+    fake_rooms.write_notebook(tmp_path / "job.ipynb", 'job_folder = ""', diverge, JOB)
+    assert run(path, home, 2, rooms=ROOMS, console=Console(file=io.StringIO())) == home
+    told = read_sweep(home).ablation.tuning
+    assert told["chosen"] == {"b": 1.0} and told["means"]["b"] == [[1.0, pytest.approx(2.9)]]
+    assert "2 is left out (diverged)" in told["remarks"]["b"]
 
 
 def test_a_sweep_tunes_asks_controls_and_keeps_its_noise(tmp_path: Path) -> None:

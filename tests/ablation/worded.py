@@ -24,6 +24,7 @@ class Data(Node):
 class Loop(Node):
     steps: int = Field(200, ge=1)
     rate: float = 1.0
+    threads: int = 1
 
 
 class Worded(fake_rooms.Config):
@@ -59,6 +60,7 @@ ROOMS = Rooms(
     apply=apply,
     totals=fake_rooms.totals,
     identity=fake_rooms.identity,
+    code=lambda: "c0de",
     data_key=lambda config: "one",
     prepare=lambda config, progress: None,
     check_portable=lambda config: None,
@@ -94,12 +96,16 @@ def write(folder: Path, variants: dict[str, Any], **more: Any) -> Path:
 
 def finish(folder: Path, values: dict[str, list[float]]) -> None:
     """results.parquet and run.json as finished jobs of the question in `folder` leave them, without running any."""
-    from longcat_lab.ablation import store
+    from longcat_lab.ablation import read, solve, store
+    from longcat_lab.ablation.jobs import cells
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    there = folder / "ablation.yaml"
+    configs = cells(read(there), solve(read(there), ROOMS), ROOMS) if there.is_file() else {}
     for variant, each in values.items():
         for seed, value in enumerate(each):
-            run = {"status": "finished", "identity": "i", "final": {"validation_bpb": value}, "config": {"training": {"steps": 7}}}
+            config = configs[variant, seed].to_dict() if (variant, seed) in configs else {"training": {"steps": 7}}
+            run = {"status": "finished", "identity": "i", "final": {"validation_bpb": value}, "config": config}
             run |= {"provenance": {"code": "c0de"}, "job": {"attempts": 1}}
             place = store.job_folder(folder, variant, seed)
             place.mkdir(parents=True, exist_ok=True)

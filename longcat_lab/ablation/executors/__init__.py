@@ -22,6 +22,10 @@ PATIENCE = 20.0  # seconds that stopped jobs have to save what they can; more th
 GROUP = "longcat_lab.executors"  # entry points of installed packages: NAME = module:make
 
 
+class Refused(LabError):
+    """The engine takes no more jobs now; the job can be submitted again later."""
+
+
 class Handle(Protocol):
     """One submitted job.
 
@@ -33,7 +37,7 @@ class Handle(Protocol):
         """None while it lives, then its exit status (negative: the signal that killed it)."""
 
     def stop(self, force: bool = False) -> None:
-        """Ask it to end and return at once; with `force`, end it and all that it started."""
+        """Ask it to end and return at once; with `force`, end it and all that it started. May take effect with the next `poll` of any."""
 
 
 class Executor(Protocol):
@@ -41,11 +45,18 @@ class Executor(Protocol):
 
     Attributes that are used where there are any: `slots`, how many jobs it takes at a time (fewer are set where fewer are left to run);
     `patience`, the seconds that its jobs have to stop; `attempts`, job -> attempts that had begun before the one that it follows;
-    `wait(seconds)`, which returns before where a job may have ended; `close()`, called when nothing runs any more.
+    `wait(seconds)`, which returns before where a job may have ended; `reserve(threads)`, how many one job computes with; `told()`, what is
+    to be said of jobs that wait, each sentence once; `close()`, called when nothing runs any more.
     """
 
     def submit(self, job: Job) -> Handle:
-        """Start a job, or follow it where an earlier driver has started it and it still runs."""
+        """Start a job, or follow it where an earlier driver has started it and it still runs.
+
+        Raises:
+            Refused: it takes no more jobs now.
+            OSError: this job cannot be started.
+            LabError: no job like this one ever can.
+        """
 
 
 Make = Callable[[Resources, int | None, Path, Rooms], Executor]
@@ -94,10 +105,16 @@ def why(handle: Handle) -> End | None:
     return told() if told else None
 
 
+def told(executor: Executor) -> list[str]:
+    """What an executor has to say since it was last asked."""
+    tell = getattr(executor, "told", None)
+    return tell() if tell else []
+
+
 def waits(handle: Handle) -> bool:
     """Whether a job stands in a queue."""
     told = getattr(handle, "waits", None)
     return bool(told and told())
 
 
-__all__ = ["BUSY", "EXECUTORS", "Executor", "Handle", "check", "make", "register_executor", "waits", "why"]
+__all__ = ["BUSY", "EXECUTORS", "Executor", "Handle", "Refused", "check", "make", "register_executor", "told", "waits", "why"]

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from longcat_lab.ablation import store
-from longcat_lab.ablation.ends import End, OutOfMemoryKills, of_exit
+from longcat_lab.ablation.ends import DRIVER as DRIVER_GONE
+from longcat_lab.ablation.ends import START, End, OutOfMemoryKills, of_exit
 from longcat_lab.ablation.jobs import Job
 from longcat_lab.ablation.kernel import end_left_kernel, kill_group
 from longcat_lab.ablation.resources import Resources
@@ -48,11 +49,10 @@ def make(resources: Resources, jobs: int | None, folder: Path, rooms: Rooms) -> 
         raise LabError(
             f"resources.memory asks for {resources.memory}, and this machine has {memory / 1e9:.3g} GB: ask for less, or use a cluster."
         )
-    slots = jobs or min(MOST, there)
-    if resources.cores:
-        slots = min(slots, there // resources.cores)
-    if resources.cards:
-        slots = min(slots, len(cards) // resources.cards)
+    slots = jobs or (len(cards) // resources.cards if resources.cards else min(MOST, there))
+    for wanted, has in ((resources.cores, there), (resources.cards, len(cards)), (resources.bytes, memory)):
+        if wanted:
+            slots = min(slots, has // wanted)
     return LocalExecutor(slots, resources, cards)
 
 
@@ -72,6 +72,11 @@ class LocalExecutor:
     @property
     def threads(self) -> int:
         return self.resources.cores or max(1, cores() // self.slots)
+
+    def reserve(self, threads: int) -> None:
+        """Each job computes with so many threads, whatever its environment says: fewer run at a time where they would share cores."""
+        if not self.resources.cores:
+            self.slots = max(1, min(self.slots, cores() // threads))
 
     def submit(self, job: Job) -> LocalHandle:
         shared = environment_for(self.threads, keep=self.resources.cores is None)
@@ -148,6 +153,8 @@ class LocalHandle:
 
     def why(self) -> End | None:
         code = self._process.poll()
+        if code == 1 and (error := getattr(self._process, "error", None)):
+            return End(DRIVER_GONE if self._process.lost else START, f"could not be started: {error}")
         return None if code is None or code >= 0 else of_exit(code, self._kills)
 
 

@@ -1,22 +1,23 @@
 """Jobs in the queue of a Slurm cluster, through submitit. The driver only looks on: jobs outlive it, and the next one follows them.
 
-Each job's folder keeps the number that the queue knows it by (engine.json); what submitit writes lies in FOLDER/slurm.
+Each job's folder keeps what the queue knows it by (engine.json): its number, and the name of its script, which no other job anywhere
+has: numbers begin anew, and another cluster has its own. What submitit writes lies in FOLDER/slurm.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 from longcat_lab.ablation import ends, store
 from longcat_lab.ablation.ends import End
-from longcat_lab.ablation.executors import slurm_task
+from longcat_lab.ablation.executors import slurm_queue, slurm_task
+from longcat_lab.ablation.executors.slurm_queue import GONE, OVER, WAITING, State
 from longcat_lab.ablation.jobs import Job
 from longcat_lab.ablation.resources import Resources
 from longcat_lab.ablation.rooms import Rooms
@@ -25,9 +26,9 @@ from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json
 from longcat_lab.training.environment import THREADS, environment_for
 
-OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "SUSPENDED")
-GONE = "GONE"  # the queue has forgotten it
+SHOWS = 60.0  # seconds after which a disk that many machines share shows what a job wrote last
+ENDS = 600.0  # seconds that a node may take to end a job's processes
+NAMED = 5  # jobs that one sentence names
 OWN = ("time", "mem", "cpus-per-task", "gres", "job-name", "signal", "requeue", "ntasks", "ntasks-per-node", "output", "error", "array")
 
 
@@ -52,44 +53,78 @@ def make(resources: Resources, jobs: int | None, folder: Path, rooms: Rooms) -> 
 
 
 class SlurmExecutor:
-    """One queue, and what it last said of this sweep's jobs.
+    """One queue, and this sweep's jobs in it.
 
     Attributes:
         slots: jobs in the queue at a time.
         look_every: seconds between questions to the queue, for all jobs at once.
+        cpus: of a job.
     """
 
     def __init__(self, resources: Resources, jobs: int | None, folder: Path, look_every: float = 5.0) -> None:
-        self.resources, self.slots, self.folder, self.look_every = resources, jobs or 1000, folder.absolute() / "slurm", look_every
+        self.resources, self.slots, self.folder = resources, jobs or 1000, folder.absolute() / "slurm"
         self.patience = 2 * resources.grace_seconds + 3 * look_every + 20
-        self.states: dict[str, str] = {}  # number -> state, of jobs that are followed
-        self.codes: dict[str, int] = {}  # number -> exit status, of those that are over
-        self._looked = 0.0
+        self.cpus = resources.cores or resources.together
+        self.queue = slurm_queue.Queue(look_every)
+        self.names: dict[str, str] = {}  # number -> job, of those that are followed
+        self.before: dict[str, tuple[str, str]] | None = None  # script -> number and state, of jobs that an earlier driver has left
+
+    def reserve(self, threads: int) -> None:
+        """Each job computes with so many threads, all its processes together."""
+        self.cpus = self.resources.cores or max(threads, self.resources.together)
 
     def submit(self, job: Job) -> SlurmHandle:
         """Start a job, or follow it where it is in the queue already.
 
         Raises:
-            OSError, LabError: the queue refuses it.
+            Refused: the queue takes no more jobs now, or does not answer.
+            OSError, LabError: it refuses this one.
         """
         note = read_json(job.folder / store.ENGINE) or {}
-        if (number := note.get("slurm")) and (state := self.ask([number])[number]) not in (*OVER, GONE):
-            if note.get("identity") == job.identity:
-                self.states[number] = state
-                return SlurmHandle(self, job, number, attempts=note.get("attempts", 0))
-            _call("scancel", number)  # it is of another configuration
-            deadline = time.monotonic() + 60
-            while self.ask([number])[number] not in (*OVER, GONE) and time.monotonic() < deadline:
-                time.sleep(1)
-        number, run = self._submit(job), read_json(job.folder / "run.json") or {}
+        after = note.get("after")  # the number of a job that has to end first
+        if note.get("script"):
+            number, state = self._left(note)
+            if state not in (*OVER, GONE):
+                if note.get("slurm") == number and note.get("identity") == job.identity:
+                    return self._follow(job, note, state, note.get("attempts", 0))
+                # It is of another configuration, or its driver was killed before it had handed over all that it needs.
+                self.queue.stop(number, force=True)
+                after = number
+        run = read_json(job.folder / "run.json") or {}
         attempts = store.attempts(run) if run.get("identity") == job.identity else 0  # another identity begins anew
-        write_json(job.folder / store.ENGINE, {"slurm": number, "identity": job.identity, "attempts": attempts})
-        self.states[number] = "PENDING"
-        return SlurmHandle(self, job, number)
+        first = {"after": after} if after is not None else {}
+        note = {"script": f".submission_file_{uuid.uuid4().hex}.sh", "identity": job.identity, "attempts": attempts, **first}
+        write_json(job.folder / store.ENGINE, note)  # before the queue has it: else two would be there if this process were killed now
+        try:
+            note["slurm"] = self._submit(job, note["script"], after)
+        except LabError as error:
+            if not isinstance(error, slurm_queue.Unheard):
+                write_json(job.folder / store.ENGINE, first)
+            raise
+        note.pop("after", None)
+        write_json(job.folder / store.ENGINE, note)
+        return self._follow(job, note, "PENDING")
 
-    def _submit(self, job: Job) -> str:
+    def _left(self, note: dict[str, Any]) -> tuple[str, str]:
+        """Number and state of a job that was left in the queue; all are asked for at once."""
+        if self.before is None or (note.get("slurm") is None and note["script"] not in self.before):
+            self.before = slurm_queue.mine()
+        return self.before.pop(note["script"], ("", GONE))
+
+    def _follow(self, job: Job, note: dict[str, Any], state: str, attempts: int | None = None) -> SlurmHandle:
+        self.queue.follow(note["slurm"], state)
+        self.names[note["slurm"]] = job.name
+        return SlurmHandle(self, job, note["slurm"], note["script"], attempts)
+
+    def forget(self, handle: SlurmHandle) -> None:
+        """It is over."""
+        self.queue.drop(handle.number)
+        self.names.pop(handle.number, None)
+        if self.before is not None:
+            self.before.pop(handle.script, None)
+
+    def _submit(self, job: Job, script: str, after: str | None) -> str:
         import cloudpickle
-        from submitit.slurm.slurm import SlurmExecutor as Queue
 
         asked = self.resources
         environment = environment_for(asked.cores or 1, keep=False)
@@ -100,47 +135,72 @@ class SlurmExecutor:
             DRIVER,
             asked.grace_seconds,
         )
-        job.folder.mkdir(parents=True, exist_ok=True)
-        queue = Queue(self.folder)
         # Slurm counts whole minutes; the job keeps its own clock, and ends before.
         minutes = int((asked.seconds + 2 * asked.grace_seconds) // 60) + 2 if asked.seconds else None
+        more = {key.replace("_", "-"): value for key, value in asked.slurm.items()}
+        if after is not None:
+            more["dependency"] = ",".join([f"afterany:{after}", *([str(more["dependency"])] if "dependency" in more else [])])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        queue = _submitting(self.folder, script, job.name, bool(self.names))
         queue.update_parameters(
             job_name=f"{job.sweep}/{job.name}"[:120],
             time=minutes,
-            cpus_per_task=asked.cores or 1,
+            cpus_per_task=self.cpus,
             mem=f"{asked.bytes // 2**20}M" if asked.bytes else None,
             gres=f"{asked.card}:{asked.cards}" if asked.cards else None,
             signal_delay_s=int(asked.grace_seconds) + 60,  # Slurm may be a minute early
             stderr_to_stdout=True,
-            additional_parameters={"requeue": True, **{key.replace("_", "-"): value for key, value in asked.slurm.items()}},
+            additional_parameters={"requeue": True, **more},
         )
         cloudpickle.register_pickle_by_value(slurm_task)
         try:
             return str(queue.submit(task).job_id)
-        except (subprocess.CalledProcessError, RuntimeError) as error:
-            said = " ".join(str(getattr(error, "stderr", "") or error).split())
-            raise LabError(f"Slurm refuses {job.name}: {_reason(said)}") from None
+        except BaseException:
+            for left in self.folder.glob("*.pkl"):  # what only a job with a number reads
+                if re.fullmatch("[0-9a-f]{32}", left.stem):
+                    left.unlink(missing_ok=True)
+            raise
         finally:
-            for left in self.folder.glob(".submission_file_*.sh"):  # submitit keeps a copy under the job's number
-                left.unlink(missing_ok=True)
+            (self.folder / script).unlink(missing_ok=True)  # submitit keeps a copy under the job's number
             cloudpickle.unregister_pickle_by_value(slurm_task)
 
-    def look(self) -> None:
-        """Ask the queue, if it has not just been asked."""
-        if self.states and time.monotonic() - self._looked > self.look_every:
-            self.states |= self.ask(list(self.states))
-            self._looked = time.monotonic()
+    def told(self) -> list[str]:
+        """A sentence for each reason for which jobs were found to wait until somebody does something."""
+        found: dict[str, list[str]] = {}
+        for number, reason in self.queue.news:
+            if number in self.names:
+                found.setdefault(reason, []).append(number)
+        self.queue.news.clear()
+        said = []
+        for reason, numbers in found.items():
+            names = ", ".join(self.names[number] for number in numbers[:NAMED])
+            more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+            if reason in slurm_queue.HELD or slurm_queue.HELD_BY.search(reason):
+                those = ",".join(numbers) if len(numbers) <= 4 * NAMED else "NUMBER"
+                what = f"held in the queue ({reason}). `scontrol release {those}` lets them go on, scancel ends them."
+            else:
+                what = f"not started by the queue as they are ({reason}). Stop the sweep and correct `resources` of the question."
+            said.append(f"{names}{more}: {what}")
+        return said
 
-    def ask(self, numbers: list[str]) -> dict[str, str]:
-        """What the queue says of those jobs; what it said before where it does not answer."""
-        wanted = f"--jobs={','.join(numbers)}"
-        done = _call("squeue", "--noheader", "--states=all", wanted, "--Format=JobID:30,State:30,exit_code:30")
-        if done.returncode != 0 and "Invalid job id" not in done.stderr:
-            return {number: self.states.get(number, "UNKNOWN") for number in numbers}
-        lines = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 3]
-        self.codes |= {number: os.waitstatus_to_exitcode(int(status)) for number, _, status in lines if status.isdecimal()}
-        found = {number: state for number, state, _ in lines}
-        return {number: found.get(number, GONE) for number in numbers}
+    def close(self) -> None:
+        """No job is followed any more."""
+        self.queue.close()
+
+
+def _submitting(folder: Path, script: str, name: str, others: bool) -> Any:
+    """submitit's executor for one job, whose script has that name; it waits no longer for sbatch than others do here."""
+    from submitit.slurm.slurm import SlurmExecutor as Engine
+
+    class Submitting(Engine):
+        def _submit_command(self, command: str) -> Any:
+            (folder / script).write_text(self._make_submission_file_text(command, script))
+            number = self._get_job_id_from_submission_command(slurm_queue.submit(folder / script, name, others))
+            job = self.job_class(folder=self.folder, job_id=number, tasks=[0])
+            job.paths.move_temporary_file(folder / script, "submission_file", keep_as_symlink=True)
+            return job
+
+    return Submitting(folder)
 
 
 class SlurmHandle:
@@ -150,35 +210,58 @@ class SlurmHandle:
         attempts: that had begun before it was put there, where an earlier driver did so; None where this one did.
     """
 
-    def __init__(self, executor: SlurmExecutor, job: Job, number: str, attempts: int | None = None) -> None:
-        self.executor, self.job, self.number, self.attempts = executor, job, number, attempts
+    def __init__(self, executor: SlurmExecutor, job: Job, number: str, script: str, attempts: int | None = None) -> None:
+        self.executor, self.job, self.number, self.script, self.attempts = executor, job, number, script, attempts
+        self._over: State | None = None
+        self._forced = False
+        self._since, self._read_at = ("", 0.0), 0.0  # the state that it is in, and when that was first seen
 
     @property
-    def state(self) -> str:
-        return self.executor.states.get(self.number, GONE)
+    def state(self) -> State:
+        return self._over or self.executor.queue.states.get(self.number, State(GONE))
 
     def poll(self) -> int | None:
-        self.executor.look()
-        if self.state not in (*OVER, GONE):
-            return None
-        return self.executor.codes.get(self.number, 1)
+        if self._over is None:
+            self.executor.queue.look()
+            if (state := self.state).name != self._since[0]:
+                self._since, self._read_at = (state.name, time.monotonic()), 0.0
+            if not self._has_ended(state):
+                return None
+            self._over = state
+            self.executor.forget(self)
+        return self._over.code
+
+    def _has_ended(self, state: State) -> bool:
+        """A job that is put into the queue again is COMPLETING too, and the record of one that has COMPLETED may not be seen yet."""
+        lasted = time.monotonic() - self._since[1]
+        if state.name == "COMPLETING":
+            return self._forced or lasted > ENDS or self._has_result()
+        if state.name == "COMPLETED":
+            return lasted > SHOWS or self._has_result()
+        return state.name in (*OVER, GONE)
+
+    def _has_result(self) -> bool:
+        if time.monotonic() < self._read_at:
+            return False
+        self._read_at = time.monotonic() + 0.5
+        run = read_json(self.job.folder / "run.json") or {}
+        ours = run.get("status") in ends.SETTLED and run.get("identity") == self.job.identity
+        return ours and not (self.job.folder / "planned.json").exists()
 
     def waits(self) -> bool:
-        return self.state in WAITING
+        return self.state.name in WAITING
 
     def stop(self, force: bool = False) -> None:
-        if self.state in (*OVER, GONE):
-            return
-        if force:
-            _call("scancel", self.number)
-            return
-        _call("scancel", "--state=PENDING", self.number)
-        _call("scancel", "--signal=USR1", self.number)
+        if self._over is None:
+            self._forced |= force
+            self.executor.queue.stop(self.number, force)
 
     def why(self) -> End | None:
         where = f"Slurm's job {self.number}"
+        cancelled = (ends.CANCELLED, f"{where} was cancelled")
         said = {
-            "CANCELLED": (ends.CANCELLED, f"{where} was cancelled"),
+            "CANCELLED": cancelled,
+            "COMPLETING": cancelled if self._forced else (ends.NODE, f"the node of {where} does not let it end"),
             "TIMEOUT": (ends.TIME, f"time-out: {where} reached its time limit"),
             "DEADLINE": (ends.TIME, f"time-out: {where} reached its deadline"),
             "OUT_OF_MEMORY": (ends.MEMORY, f"out of memory: {where} took more than it had asked for"),
@@ -189,22 +272,7 @@ class SlurmHandle:
             "FAILED": (ends.KILLED, f"{where} failed; see job.log, and {self.executor.folder / self.number}_0_log.out"),
             GONE: (ends.KILLED, f"{where} is gone from the queue without a word"),
         }
-        return End(*said[self.state]) if self.state in said else None
-
-
-def _call(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 1, "", str(error))
-
-
-def _reason(said: str) -> str:
-    found: Any = re.search(r"sbatch: error: (?!Batch job submission failed)(.*?)(?= sbatch: |$)", said) or re.search(
-        r"Batch job submission failed: (.*?)(?= sbatch: |$)", said
-    )
-    text = found[1] if found else said[-200:]
-    return f"{text.rstrip('.')} (see `resources` of the question)."
+        return End(*said[self.state.name]) if self.state.name in said else None
 
 
 __all__ = ["SlurmExecutor", "SlurmHandle", "make"]

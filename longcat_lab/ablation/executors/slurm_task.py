@@ -8,12 +8,15 @@ SIGTERM  it is preempted, requeued or cancelled: the same; if the queue still ca
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 RUNNING = "RUNNING"
+TRIES, PATIENCE = 4, 20.0  # to be queued again, and the seconds that the queue has for each answer
+SILENT = re.compile("timed out|unable to contact|unable to connect|connection refused", re.IGNORECASE)
 
 
 class Task:
@@ -65,10 +68,23 @@ class Task:
     def again(self) -> None:
         """Queue it once more, unless the queue ends it for a reason of its own (cancelled) or does so by itself (requeued)."""
         job = os.environ["SLURM_JOB_ID"]
-        state = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
-        print(f"the queue calls it {state.stdout.strip() or state.stderr.strip()}", flush=True)
-        if state.stdout.strip() == RUNNING:
-            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-            print(done.stdout, done.stderr, flush=True)
-            time.sleep(self.grace + 120)  # until the queue ends this process
-            sys.exit(1)
+        for _ in range(TRIES):  # a queue that has many jobs to end may not answer at once
+            done = said("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+            if done is not None and (done.returncode != 0 or done.stdout.strip() != RUNNING):
+                return
+            done = said("scontrol", "requeue", job) if done is not None else None
+            if done is not None:
+                time.sleep(self.grace + 120 if done.returncode == 0 else 0)  # until the queue ends this process
+                sys.exit(1)
+            time.sleep(1)
+
+
+def said(*command: str) -> "subprocess.CompletedProcess | None":
+    """What a command of the queue's says; None where the queue does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(" ".join(command), "failed:", error, flush=True)
+        return None
+    print(" ".join(command), "said:", done.stdout.strip() or done.stderr.strip() or done.returncode, flush=True)
+    return None if done.returncode != 0 and SILENT.search(done.stderr) else done

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from longcat_lab.ablation import begun, store
+from longcat_lab.ablation.ends import DIVERGED
 from longcat_lab.ablation.paired import FEWEST, seeds_needed
-from longcat_lab.ablation.report.parts import NONE, Cell, Lines, Part, figures, number, table
+from longcat_lab.ablation.report.parts import NONE, Cell, Lines, Part, figures, marked, number, table
 from longcat_lab.ablation.spec import Ablation
 from longcat_lab.ablation.statistics import Contrast, Summary, Verdict, against_baseline, noise, signed
 from longcat_lab.ablation.store import Sweep
@@ -15,7 +16,7 @@ MARKS = {"seen": "●", "not seen": "○", "not resolvable": "?"}
 WORDS = {"seen": "seen", "not seen": "not seen", "not resolvable": "not resolvable at this budget"}
 MEANING = (
     "seen: significant (5 %, Holm) in the claimed direction. not seen: the interval has no room for an effect that matters. "
-    "not resolvable: these seeds cannot tell."
+    "not resolvable: these seeds cannot tell, or the arm that they speak for diverged where the other did not."
 )
 FEW = 6  # claims whose intervals fit into one sentence
 
@@ -26,15 +27,18 @@ def parts(sweep: Sweep, said: Summary) -> dict[str, Part]:
     untrained = [f"{name} is evaluated from {arm.of} with other settings, not trained." for name, arm in a.evaluate.items()]
     jobs = sweep.results[sweep.results["variant"].isin(list(a.variants))]
     done, planned = int((jobs["status"] == "finished").sum()), len(a.variants) * len(a.seeds)
+    lost = int((jobs["status"] == DIVERGED).sum())
+    ended = f", {lost} diverged" if lost else ""
     matters = f"smallest effect that was said to matter: {a.smallest_effect:g}"
     found: dict[str, Part] = {
         "question": Lines((a.question,), "h1"),
         "hypothesis": Lines(_hypothesis(sweep)),
-        "answer": Lines((answer(said.verdicts, a, done, planned),)),
+        "answer": Lines((answer(said.verdicts, a, done, planned, lost),)),
         "claims": Lines(tuple(_claim(verdict) for verdict in said.verdicts)),
         "reading": Lines(
             (
-                f"{done} of {planned} jobs finished; arms are paired by seed. Primary metric: {a.metric}, lower is better; {matters}.",
+                f"{done} of {planned} jobs finished{ended}; arms are paired by seed. "
+                f"Primary metric: {a.metric}, lower is better; {matters}.",
                 MEANING,
                 *untrained,
                 *said.notes,
@@ -58,16 +62,18 @@ def parts(sweep: Sweep, said: Summary) -> dict[str, Part]:
     return found
 
 
-def answer(verdicts: list[Verdict], ablation: Ablation, done: int, planned: int) -> str:
+def answer(verdicts: list[Verdict], ablation: Ablation, done: int, planned: int, diverged: int = 0) -> str:
     """One sentence: which claims are seen, not seen, or not resolvable at this budget, each with its difference and interval."""
-    so_far = "" if done == planned else f"With {done} of {planned} jobs finished: "
+    lost = f" and {diverged} diverged" if diverged else ""
+    so_far = "" if done == planned else f"With {done} of {planned} jobs finished{lost}: "
     if not verdicts:
         said = f"the question file makes no claim, so nothing is judged; what differs from {ablation.baseline} stands below."
     elif len(verdicts) == 1:
         v = verdicts[0]
         c, word = v.contrast, WORDS[v.verdict]
         by = f" by {ablation.smallest_effect:g} or more" if v.verdict == "not seen" and not _worse(c) else ""
-        said = f"{word}: {c.better} better than {c.than}{by}; {c.metric} differs by {_with_interval(c)}{_small(v, ablation)}."
+        before = f"{c.divergence}, and where both finished " if c.divergence else ""
+        said = f"{word}: {c.better} better than {c.than}{by}; {before}{c.metric} differs by {_with_interval(c)}{_small(v, ablation)}."
     else:
         said = _several(verdicts, ablation)
     return so_far + said if so_far else said[0].upper() + said[1:]
@@ -97,7 +103,8 @@ def _phrase(v: Verdict, ablation: Ablation, claims: int) -> str:
     known = "no pair yet" if c.n == 0 else signed(c.mean)
     if claims <= FEW and c.n > 1:
         known += " in all pairs" if c.constant else f", {signed(c.low)} to {signed(c.high)}"
-    return f"{c.better} better than {c.than}: {known}{_small(v, ablation)}"
+    before = f"{c.divergence}, else " if c.divergence else ""
+    return f"{c.better} better than {c.than}: {before}{known}{_small(v, ablation)}"
 
 
 def _with_interval(c: Contrast) -> str:
@@ -179,7 +186,7 @@ def _comparison(c: Contrast, adjusted: float) -> dict[str, Any]:
     return {
         "comparison": f"{c.better} − {c.than}",
         "pairs": number(c.n, 0),
-        f"difference in {c.metric}": figures(c.mean, sign=True),
+        f"difference in {c.metric}": marked(figures(c.mean, sign=True), c.divergence),
         "95 % interval": interval,
         "p": _p(c.p if c.n >= FEWEST else None),
         "p (Holm)": _p(adjusted),
@@ -195,7 +202,7 @@ def _p(value: Any) -> Cell:
 
 def _needed(c: Contrast, matters: float) -> dict[str, Any]:
     """Pairs that would resolve the effect that matters, half and a quarter of it, at the spread that was seen."""
-    row: dict[str, Any] = {"comparison": f"{c.better} − {c.than}", "sd of a pair's difference": figures(c.sd)}
+    row: dict[str, Any] = {"comparison": f"{c.better} − {c.than}", "sd of a pair's difference": marked(figures(c.sd), c.divergence)}
     for share in (1, 2, 4):
         effect = matters / share
         needed = seeds_needed(effect, c.sd, c.alpha) if c.n > 1 else None
@@ -213,9 +220,17 @@ def _arms(sweep: Sweep) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"variant": name, **weights(a, name), "seeds": number(int(done.sum()), 0)}
         for metric, each in spread.items():
             mean, sd = (number(each.loc[name, key]) if name in each.index else Cell(NONE) for key in ("mean", "sd"))
-            row[f"{metric} (mean ± sd)"] = Cell(f"{mean.text} ± {sd.text}", mean.value) if mean.value is not None else Cell(NONE)
+            shown = Cell(f"{mean.text} ± {sd.text}", mean.value) if mean.value is not None else Cell(NONE)
+            row[f"{metric} (mean ± sd)"] = marked(shown, diverged(sweep, name))
         rows.append(row)
     return rows
+
+
+def diverged(sweep: Sweep, name: str) -> str:
+    """`3 of 6 seeds diverged`, of an arm; empty where none did."""
+    own = sweep.results[sweep.results["variant"] == name]["status"]
+    count = int((own == DIVERGED).sum())
+    return f"{count} of {len(own)} seeds diverged" if count else ""
 
 
 def weights(ablation: Ablation, name: str) -> dict[str, str]:

@@ -73,6 +73,11 @@ def figures(value: Any, digits: int = 3, sign: bool = False) -> Cell:
     return Cell(f"{known:{'+' if sign and known else ''}.{digits}g}", known)
 
 
+def marked(cell: Cell, words: str) -> Cell:
+    """The cell with words in brackets that nobody may read its number without; as it is where there are none."""
+    return Cell(f"{cell.text} ({words})", cell.value) if words else cell
+
+
 def short(value: Any, unit: str = "") -> Cell:
     """Three significant digits and a prefix: 12.3 M, 4.56 T."""
     known = finite(value)

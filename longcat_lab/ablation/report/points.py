@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from longcat_lab.ablation.report import cost, curves
+from longcat_lab.ablation.report.judged import diverged
 from longcat_lab.ablation.report.parts import finite
 from longcat_lab.ablation.statistics import Contrast, Summary, against_baseline, signed
 from longcat_lab.ablation.store import Sweep
@@ -43,7 +44,8 @@ def _difference(c: Contrast) -> list[dict[str, Any]]:
     """The seeds of a row, then their mean."""
     arm = f"{c.better} − {c.than}"
     seeds = [f"{arm}, seed {seed}: {signed(value)}" for seed, value in zip(c.seeds, c.differences, strict=True)]
-    mean = [f"{arm}: {signed(c.mean)}" + (f", {c.interval}" if c.n > 1 else "")] if c.n else []
+    but = f"; {c.divergence}" if c.divergence else ""
+    mean = [f"{arm}: {signed(c.mean)}" + (f", {c.interval}" if c.n > 1 else "") + but] if c.n else []
     return [
         {"arm": arm, "x": [_short(value) for value in c.differences], "y": [], "said": seeds},
         {"arm": arm, "x": [_short(c.mean)] if c.n else [], "y": [], "said": mean},
@@ -51,7 +53,10 @@ def _difference(c: Contrast) -> list[dict[str, Any]]:
 
 
 def _quality(sweep: Sweep) -> list[dict[str, Any]]:
-    """A series a panel and arm: what it cost, and its mean, lowest and highest primary metric over finished seeds."""
+    """A series a panel and arm: what it cost, and its mean, lowest and highest primary metric over finished seeds.
+
+    An arm of which seeds diverged says so in its name, which its legend shows.
+    """
     a, known, found = sweep.ablation, cost.costs(sweep), []
     if a.metric not in sweep.results:
         return []
@@ -62,8 +67,10 @@ def _quality(sweep: Sweep) -> list[dict[str, Any]]:
             if not len(own) or spent is None:
                 continue
             values = {"y": own.mean(), "low": own.min(), "high": own.max()}
+            lost = diverged(sweep, name)
+            arm = f"{name} ({lost})" if lost else name
             found.append(
-                {"panel": cost.AXES.get(panel, panel), "arm": name, "x": [_short(spent)], **{k: [_short(v)] for k, v in values.items()}}
+                {"panel": cost.AXES.get(panel, panel), "arm": arm, "x": [_short(spent)], **{k: [_short(v)] for k, v in values.items()}}
             )
     return found
 

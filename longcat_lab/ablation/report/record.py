@@ -8,7 +8,7 @@ from typing import Any
 
 from longcat_lab.ablation import begun, store
 from longcat_lab.ablation.report.configured import DRAWN, configurations, flat, uneven
-from longcat_lab.ablation.report.judged import weights
+from longcat_lab.ablation.report.judged import diverged, weights
 from longcat_lab.ablation.report.parts import NONE, Cell, Lines, Part, number, table
 from longcat_lab.ablation.statistics import Summary
 from longcat_lab.ablation.store import Sweep
@@ -64,6 +64,9 @@ def _mechanisms(sweep: Sweep) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if a.evaluate:
         rows.append({"mean over finished seeds": "weights", **{name: weights(a, name)["weights"] for name in a.arms}})
+    lost = {name: diverged(sweep, name) for name in a.arms}
+    if any(lost.values()):
+        rows.append({"mean over finished seeds": "seeds that are in no mean", **{name: lost[name] or "none" for name in a.arms}})
     for key, title in MEASURES.items():
         if key in finished and finished[key].notna().any():
             means = {name: number(finished.loc[finished["variant"] == name, key].mean(), 3) for name in a.arms}
