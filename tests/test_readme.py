@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from longcat_lab.ablation import read, solve
-from longcat_lab.blocks.interface import _KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,12 +16,8 @@ def blocks(language):
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python(number, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    try:
-        exec(compile(blocks("python")[number], f"README python {number}", "exec"), {"__name__": "readme"})
-    finally:
-        _KINDS["ffn"].pop("gelu", None)
+def test_python(number, fresh_registry, capsys):
+    exec(compile(blocks("python")[number], f"README python {number}", "exec"), {"__name__": "readme"})
     assert "total" in capsys.readouterr().out
 
 
