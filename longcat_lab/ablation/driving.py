@@ -166,6 +166,8 @@ class Driving:
 
     def _take(self, job: Job, row: dict[str, Any], kind: str = "") -> None:
         """What became of a job, and whether it is tried again."""
+        if row["status"] in ends.SETTLED and store.is_free(job.folder):
+            store.clear_settled(job.folder)
         self.rows[job] |= {key: row[key] for key in KEPT if key in row}
         if row["status"] == "finished" and not self.measured:
             self.measured = True

@@ -125,6 +125,7 @@ def main(folder: Path) -> int:
         return BUSY
     watch.lock = lock
     if _is_settled(folder):
+        store.clear_settled(folder)
         _say("It has finished already, for another process that was quicker.")
         return 0
     try:
@@ -169,6 +170,8 @@ def _execute(folder: Path, watch: Watch, lock: store.Lock) -> int:
     watch.ending.acquire()  # for good: the process ends now
     end_below()
     status = _record(folder, watch.end, error, began)
+    if status == 0:
+        store.clear_settled(folder)
     if watch.end is None:
         settle(folder)
         _unlink(folder / "wandb")

@@ -157,6 +157,8 @@ class _Driver(Driving):
             self.rows[job] = {key: row[key] for key in ("variant", "seed", *KEPT) if key in row}
             if self.rows[job]["status"] not in ends.SETTLED:
                 self.todo.append(job)
+            elif store.is_free(job.folder):
+                store.clear_settled(job.folder)
             self.show(job)
         self.slots = self.display.slots = max(1, min(self.slots, len(self.todo)))
         if hasattr(self.executor, "slots"):  # it shares out its cores among them

@@ -10,6 +10,7 @@ FOLDER/plugins/NAME.py                    what jobs import; see `plugin_copies`
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -138,6 +139,16 @@ def result_row(run: dict[str, Any] | None, variant: str, seed: int, identity: st
     return {**measures, **(run.get("budget") or {}), **row}
 
 
+def clear_settled(folder: Path) -> None:
+    """Takes away what a run that has ended had no time to remove, because its process was killed: nobody goes on from its checkpoints.
+
+    Nobody may be at work in `folder`.
+    """
+    for pattern in ("checkpoint-*", ".checkpoint-*.tmp"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def with_numbers(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
     """A row that says how the job in `folder` ended, with the totals and metrics of its run.json."""
     run = read_run(folder) if row["status"] in DONE else None
@@ -235,6 +246,7 @@ __all__ = [
     "Sweep",
     "attempts",
     "check_folder",
+    "clear_settled",
     "holder",
     "is_free",
     "job_folder",

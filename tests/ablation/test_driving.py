@@ -227,6 +227,24 @@ def test_starts_that_fail_and_places_that_are_lost_are_tried_again(tmp_path: Pat
     assert "its node was lost; it is queued again and goes on from its checkpoint" in said
 
 
+def test_a_finished_run_keeps_no_checkpoint_whoever_was_killed(tmp_path: Path) -> None:
+    """Its process died between the word that it has finished and the removal of what it could have gone on from."""
+    left = [tmp_path / "out/jobs/a/seed-0" / name for name in ("checkpoint-00000110", ".checkpoint-00000120.old.tmp")]
+
+    def act(job: Job) -> int:
+        for place in left:
+            place.mkdir(exist_ok=True)
+            (place / "manifest.json").write_text("{}")
+        return finish(job)
+
+    question = write_question(tmp_path, {"a": {}})
+    run(question, tmp_path / "out", 1, rooms=FAKE, executor=Pretend(act), console=quiet())
+    assert not any(place.exists() for place in left)
+    left[0].mkdir()  # as an earlier driver left it, which was killed too
+    run(question, tmp_path / "out", 1, rooms=FAKE, executor=Pretend(act), console=quiet())
+    assert not left[0].exists()
+
+
 def test_what_killed_processes_were_writing_is_cleared(tmp_path: Path) -> None:
     question = write_question(tmp_path, {"a": {}}, resources={"warm": False})
     folder = tmp_path / "out" / "jobs" / "a" / "seed-0"
