@@ -47,6 +47,7 @@ class Driving:
         self.running: dict[Job, executors.Handle] = {}
         self.attempts: dict[Job, int] = {}  # before the one that runs
         self.retries = settle.Retries(ablation.resources)
+        self.completed: set[Job] = set()  # whose notebooks are executed once more, for a run that has ended
         self.mistake: str | None = None
         self.stops, self.measured, self.stopping, self.stale = 0, False, False, False
         self.most, self.refusals, self.wait_until = slots, 0, 0.0  # refusals: one after another, while nothing ran
@@ -94,7 +95,9 @@ class Driving:
             write_json(job.folder / "planned.json", self.record(job))  # the job itself clears the folder, once it holds its lock
         else:
             (job.folder / "planned.json").unlink(missing_ok=True)
-            if run is not None and run.get("status") in ends.SETTLED:  # an earlier driver's, which ended after this one had looked
+            if (
+                run is not None and run.get("status") in ends.SETTLED and store.is_whole(job.folder, run)
+            ):  # an earlier driver's, which ended after this one had looked
                 self._take(job, store.result_row(run, job.variant, job.seed, job.identity))
                 return
             self.attempts[job] = store.attempts(run)
@@ -168,6 +171,10 @@ class Driving:
         """What became of a job, and whether it is tried again."""
         if row["status"] in ends.SETTLED and store.is_free(job.folder):
             store.clear_settled(job.folder)
+            if not self._is_stopping and job not in self.completed and not store.is_whole(job.folder, read_json(job.folder / "run.json")):
+                self.completed.add(job)
+                self.display.say(f"{job.name}: its run has ended, its notebook was not written to the end; that is executed once more.")
+                self.todo.append(job)
         self.rows[job] |= {key: row[key] for key in KEPT if key in row}
         if row["status"] == "finished" and not self.measured:
             self.measured = True

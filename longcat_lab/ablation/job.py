@@ -63,7 +63,8 @@ def _begin(folder: Path) -> dict[str, Any]:
     plugin_copies.here(folder.parents[2], run)
     if job["attempts"] == 1 and (folder.parents[2] / "ablation.yaml").is_file():  # later attempts keep what the first one was asked
         run["asked"] = begun.asked(store.read_question(folder.parents[2]))
-    run |= {"status": "running", "reason": None}
+    if run.get("status") not in ends.SETTLED:  # else its notebook alone was not written to its end
+        run |= {"status": "running", "reason": None}
     write_json(folder / "run.json", run)
     return run
 
@@ -137,7 +138,8 @@ def main(folder: Path) -> int:
 
 def _is_settled(folder: Path) -> bool:
     """Whether there is a result here that nothing is to replace: a job is never run twice, however often it was started."""
-    return not (folder / "planned.json").exists() and (read_json(folder / "run.json") or {}).get("status") in ends.SETTLED
+    run = read_json(folder / "run.json") or {}
+    return not (folder / "planned.json").exists() and run.get("status") in ends.SETTLED and store.is_whole(folder, run)
 
 
 def _say(line: str) -> None:

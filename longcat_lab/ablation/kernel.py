@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from longcat_lab.ablation import store
+
 spare: Any = None  # a fork of this process that waits to become its kernel, where there is one; see `forked.Spare`
-CONNECTION = ".kernel.json"  # beside the executed notebook, while its kernel lives
 TRACKER = "wandb_process.py"  # of a run; it finishes what it has to send in its own time
 
 
@@ -31,7 +32,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], started: C
     from longcat_lab.ablation.quick_kernel import Client, Forked, SameInterpreter
 
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else every kernel of Python 3.11 warns about frozen modules
-    connection = output.with_name(CONNECTION)
+    connection = output.with_name(store.CONNECTION)
     connection.unlink(missing_ok=True)  # of an attempt that was killed
     settings = {"connection_file": str(connection), "transport_encryption": "auto"}
     if sys.platform == "linux":  # sockets without files and without ports: kernels that start at once never ask for the same one

@@ -155,7 +155,7 @@ class _Driver(Driving):
             if row["status"] in ends.SETTLED and self.anew(run, job):
                 row |= {"status": "planned", "reason": "its notebook changed since it last ran", "seconds": None}
             self.rows[job] = {key: row[key] for key in ("variant", "seed", *KEPT) if key in row}
-            if self.rows[job]["status"] not in ends.SETTLED:
+            if self.rows[job]["status"] not in ends.SETTLED or not store.is_whole(job.folder, run):
                 self.todo.append(job)
             elif store.is_free(job.folder):
                 store.clear_settled(job.folder)
@@ -173,7 +173,7 @@ class _Driver(Driving):
             run = store.read_run(job.folder)
             if run is None:
                 write_json(job.folder / "run.json", self.record(job))
-            replaced += run is not None and run.get("status") in ends.SETTLED
+            replaced += self.anew(run, job) and run.get("status") in ends.SETTLED
         total = len(self.rows)
         if skipped := total - len(self.todo):
             self.display.say(f"{skipped} of {total} jobs have finished before and are not run again.")

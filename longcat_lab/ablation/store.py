@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from longcat_lab.ablation.spec import Ablation
 
 ENGINE = "engine.json"  # in a job's folder: where the queue that runs it knows it
+CONNECTION = ".kernel.json"  # there too, while its kernel lives
 DONE = ("finished", "diverged", "failed", "interrupted")
 
 
@@ -147,6 +148,15 @@ def clear_settled(folder: Path) -> None:
     for pattern in ("checkpoint-*", ".checkpoint-*.tmp"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    (folder / CONNECTION).unlink(missing_ok=True)
+
+
+def is_whole(folder: Path, run: dict[str, Any] | None) -> bool:
+    """Whether a job with a result has its notebook too. Without `job.end` its own process was killed, after the run in its kernel had
+    ended and before the last cell was written down: executed once more, the notebook finds the run and is whole in a moment.
+    """
+    told = (run or {}).get("job") or {}
+    return "end" in told or not (folder / "notebook.ipynb").is_file()
 
 
 def with_numbers(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +249,7 @@ def read_sweep(folder: str | Path) -> Sweep:
 
 
 __all__ = [
+    "CONNECTION",
     "DONE",
     "ENGINE",
     "LOCK",
@@ -249,6 +260,7 @@ __all__ = [
     "clear_settled",
     "holder",
     "is_free",
+    "is_whole",
     "job_folder",
     "load_results",
     "read_question",

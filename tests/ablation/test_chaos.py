@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from longcat_lab.ablation import store
+from longcat_lab.ablation import check, render, store
 from longcat_lab.files import read_json
 
 SEED = 20261122
@@ -142,4 +142,6 @@ def test_what_dies_at_random_changes_no_number_and_leaves_nothing(tmp_path):
     assert any((read_json(job / "run.json")["job"]["attempts"]) > 1 for job in folder.glob("jobs/*/seed-*"))
     assert files(folder) == files(calm)
     assert not concerned(str(folder), str(temporary))
+    render(folder)
+    assert check(folder) == []  # every notebook is whole, every job accounted for
     assert sorted(path.name for path in temporary.iterdir()) == sorted(path.name for path in other.iterdir())  # torch's cache

@@ -245,6 +245,29 @@ def test_a_finished_run_keeps_no_checkpoint_whoever_was_killed(tmp_path: Path) -
     assert not left[0].exists()
 
 
+def test_a_notebook_that_was_not_written_to_its_end_is_executed_once_more(tmp_path: Path) -> None:
+    """The run has ended, and the process that wrote the notebook was killed before its last cell."""
+
+    def act(job: Job) -> int:
+        (job.folder / "notebook.ipynb").write_text("{}")
+        code = finish(job)
+        record = read_json(job.folder / "run.json")
+        ended = {"end": "finished"} if record["job"]["attempts"] > 1 else {}
+        (job.folder / "run.json").write_text(json.dumps(record | {"job": {**record["job"], **ended}}))
+        return code if ended else -9
+
+    question, engine, console = write_question(tmp_path, {"a": {}}), Pretend(act), quiet()
+    out = run(question, tmp_path / "out", 1, rooms=FAKE, executor=engine, console=console)
+    assert engine.ran == ["a/seed-0"] * 2 and list(load_results(out)["status"]) == ["finished"]
+    assert "its notebook was not written to the end" in console.file.getvalue()  # type: ignore[attr-defined]
+
+    record = read_json(out / "jobs/a/seed-0/run.json")  # the driver was killed too
+    (out / "jobs/a/seed-0/run.json").write_text(json.dumps(record | {"job": {"attempts": 1, "notebook": record["job"]["notebook"]}}))
+    again = Pretend(act)
+    run(question, out, 1, rooms=FAKE, executor=again, console=quiet())
+    assert again.ran == ["a/seed-0"]
+
+
 def test_what_killed_processes_were_writing_is_cleared(tmp_path: Path) -> None:
     question = write_question(tmp_path, {"a": {}}, resources={"warm": False})
     folder = tmp_path / "out" / "jobs" / "a" / "seed-0"
