@@ -95,9 +95,8 @@ class Driving:
             write_json(job.folder / "planned.json", self.record(job))  # the job itself clears the folder, once it holds its lock
         else:
             (job.folder / "planned.json").unlink(missing_ok=True)
-            if (
-                run is not None and run.get("status") in ends.SETTLED and store.is_whole(job.folder, run)
-            ):  # an earlier driver's, which ended after this one had looked
+            settled = run is not None and run.get("status") in ends.SETTLED
+            if settled and store.is_whole(job.folder, run):  # an earlier driver's, which ended after this one had looked
                 self._take(job, store.result_row(run, job.variant, job.seed, job.identity))
                 return
             self.attempts[job] = store.attempts(run)
