@@ -14,7 +14,7 @@ from longcat_lab.ablation.table import Cell, Display
 from longcat_lab.errors import LabError
 from longcat_lab.files import read_json, write_json
 
-LOOK = 0.1  # seconds between looks at the jobs
+LOOK = 0.2  # seconds between looks at the jobs; at their progress every fifth time
 SUBMITTING = 1.0  # seconds of submissions between two looks: a queue takes its time, and there may be hundreds
 REFUSALS = (5.0, 10.0, 20.0, 40.0, 60.0)  # seconds to wait after an engine has refused a job, one refusal after another
 FORGOTTEN = 300.0  # seconds after the last refusal, when as many jobs as were asked for are offered again

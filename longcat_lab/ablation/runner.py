@@ -20,7 +20,7 @@ from longcat_lab.files import write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-LEAST, SHARE = 2.0, 20  # the table is written again after so many seconds, and after so many times what writing it took
+LEAST, SHARE = 2.0, 100  # the table is written again after so many seconds, and after so many times what writing it took
 
 
 def run(
@@ -194,7 +194,7 @@ class _Driver(Driving):
         began = time.monotonic()
         whole = ((job, store.with_numbers(job.folder, row)) for job, row in self.rows.items())
         store.write_results(self.folder, (each for job, row in whole for each in evaluated.rows(row, job.arms)))
-        self.next_table = time.monotonic() + max(LEAST, SHARE * (time.monotonic() - began))
+        self.stale, self.next_table = False, time.monotonic() + max(LEAST, SHARE * (time.monotonic() - began))
 
     def _conclude(self) -> None:
         from longcat_lab.ablation import statistics

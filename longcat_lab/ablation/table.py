@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 HEARTBEAT = 30.0  # seconds between lines when nothing changes and nobody sees a table
-QUICK, CHANGED, SAME = 0.25, 20, 100  # a table is drawn again after so many seconds, and after so many times what drawing it took: the
-# second where a job's status has changed, the third elsewhere, so that looking on takes a hundredth of a core from the jobs
+QUICK, CHANGED, SAME = 0.25, 50, 250  # a table is drawn again after so many seconds, and after so many times what drawing it took: the
+# second where a job's status has changed, the third elsewhere, so that looking on takes half a hundredth of a core from the jobs
 STYLE = {
     **{"finished": "green", "diverged": "magenta", "running": "cyan", "queued": "blue"},
     **{"failed": "red", "interrupted": "yellow", "planned": "dim"},

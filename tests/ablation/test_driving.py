@@ -190,6 +190,35 @@ def test_ctrl_c_while_jobs_are_submitted_ends_that(tmp_path: Path) -> None:
     assert len(engine.ran) == 2
 
 
+def test_the_table_is_written_when_jobs_have_ended_and_not_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longcat_lab.ablation import runner
+
+    written: list[int] = []
+    write = store.write_results
+
+    def counting(folder: Path, rows: Any) -> None:
+        found = list(rows)
+        written.append(sum(row["status"] == "finished" for row in found))
+        write(folder, found)
+
+    class Slow(Pretend):
+        def submit(self, job: Job) -> Any:
+            self.ran.append(job.name)
+            return _Taken(self, job)
+
+        there = 0
+
+    monkeypatch.setattr(store, "write_results", counting)
+    monkeypatch.setattr(runner, "LEAST", 0.0)
+    monkeypatch.setattr(runner, "SHARE", 0)
+    run(write_question(tmp_path, ARMS), tmp_path / "each", 1, rooms=FAKE, executor=Slow(finish), console=quiet())
+    assert written == [0, 1, 2, 2], "at the start, at each end, and at the very end; never in between"
+    written.clear()
+    monkeypatch.setattr(runner, "LEAST", 1000.0)
+    run(tmp_path / "demo.yaml", tmp_path / "seldom", 1, rooms=FAKE, executor=Slow(finish), console=quiet())
+    assert written == [0, 2]
+
+
 def test_what_another_process_still_writes_is_left_to_it(tmp_path: Path) -> None:
     """The engine says that a job is over while a process, on a disk that shows files late, holds the job's folder."""
     held: list[Any] = []
