@@ -74,14 +74,16 @@ def is_warm(process):
 
 
 def killed(driving, folder, choose, wanted):
-    """Kills the first of `wanted` that there is, one of several at random; what it was."""
+    """Kills the first of `wanted` that there is, one of several at random; what it was, or nothing."""
     victims = {
         "driver": [driving.pid],
         "job": [note["pid"] for note in holders(folder) if "pid" in note],
         "kernel": kernels(folder),
         "warm": [process.pid for process in psutil.Process(driving.pid).children() if is_warm(process)],
     }
-    what = next(name for name in wanted if victims[name])
+    what = next((name for name in wanted if victims[name]), "")
+    if not what:  # between one and the next
+        return ""
     wanted.remove(what)
     with contextlib.suppress(ProcessLookupError):
         os.kill(choose.choice(victims[what]), signal.SIGKILL)
@@ -126,7 +128,7 @@ def test_what_dies_at_random_changes_no_number_and_leaves_nothing(tmp_path):
         if driving.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 wanted += choose.sample(VICTIMS, len(VICTIMS)) if len(wanted) < len(VICTIMS) else []
-                deaths.append(killed(driving, folder, choose, wanted))
+                deaths += [name] if (name := killed(driving, folder, choose, wanted)) else []
         if driving.poll() is not None:
             driving = driver(question, folder, temporary)
     for _ in range(5):  # jobs that were killed have failed; the next call runs them again
