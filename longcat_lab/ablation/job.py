@@ -55,7 +55,6 @@ def _begin(folder: Path) -> dict[str, Any]:
     run = read_json(folder / "run.json")
     if run is None or "notebook" not in run.get("job", {}):
         raise LabError(f"{folder / 'run.json'} is missing or does not name a notebook.")
-    (folder / "progress.json").unlink(missing_ok=True)
     job = run["job"]
     job |= {"attempts": job.get("attempts", 0) + 1, "host": socket.gethostname()}
     job.pop("end", None)
@@ -64,6 +63,7 @@ def _begin(folder: Path) -> dict[str, Any]:
     if job["attempts"] == 1 and (folder.parents[2] / "ablation.yaml").is_file():  # later attempts keep what the first one was asked
         run["asked"] = begun.asked(store.read_question(folder.parents[2]))
     if run.get("status") not in ends.SETTLED:  # else its notebook alone was not written to its end
+        (folder / "progress.json").unlink(missing_ok=True)
         run |= {"status": "running", "reason": None}
     write_json(folder / "run.json", run)
     return run
