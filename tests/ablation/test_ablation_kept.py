@@ -32,11 +32,14 @@ def fail(error: BaseException) -> Callable[..., None]:
 
 
 def really(job: Job) -> int:
-    """Begins as the job's own process does, then pretends to finish."""
+    """Begins and ends as the job's own process does, and pretends in between."""
     (job.folder / "job.log").write_text(f"log of {job.identity}")
     _begin(job.folder)
     (job.folder / "notebook.ipynb").write_text(job.identity)
-    return finish(job)
+    code, path = finish(job), job.folder / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"job": {**record["job"], "end": "finished"}}))
+    return code
 
 
 @pytest.mark.parametrize(
