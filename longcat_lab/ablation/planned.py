@@ -181,7 +181,7 @@ def _matching(a: Ablation, solution: Solution, known: dict[str, Measured]) -> li
 def _amount(value: float | None, base: float | None) -> str:
     if value is None:
         return "not measured"
-    shown = f"{value:,.0f}" if value < 1e9 else f"{value:.4g}"
+    shown = f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:.4g}"
     return f"{shown} ({value / base:.3f} ×)" if base else shown
 
 
