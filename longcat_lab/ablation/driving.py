@@ -22,7 +22,8 @@ KEPT = ("status", "reason", "identity", "seconds", "not_engaged")  # of a row, w
 
 
 class Driving:
-    """
+    """The jobs of one sweep, from the first submission to the last end.
+
     Args:
         source: what tells one state of the jobs' notebook from another.
 

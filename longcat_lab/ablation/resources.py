@@ -73,7 +73,12 @@ class Resources(Node):
         default=True,
         description="jobs here are forks of a process that has imported what they need; false: each starts from nothing",
     )
-    retries: int = Field(default=0, ge=0, le=1000, description="how often a failed job is tried again within one `run`")
+    retries: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="how often a failed job is tried again within one `run`; one that lost its place (node, preemption) always is",
+    )
     retry: list[Retried] = Field(
         default=["dead kernel", "killed", "node lost", "preempted"],
         description="the ends that are tried again; errors in a cell are not unless 'error' is among them, divergence never is",

@@ -1,4 +1,4 @@
-"""Runs a sweep, or goes on with one: plan, prepare data, jobs side by side, results after each; nothing is lost when anything dies."""
+"""Runs a sweep, or goes on with one: plan, prepare data, jobs side by side, results as they come; nothing is lost when anything dies."""
 
 from __future__ import annotations
 
